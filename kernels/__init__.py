@@ -1,0 +1,109 @@
+"""The operations of the model, each with a plain definition (`reference`) and fast backends.
+
+Dimension letters of every docstring here: N tokens, D hidden width, F expert width, E experts, K experts per token,
+H query heads, G key-value heads, C channels of a head, B rows of T tokens, V vocabulary.
+
+Every operation picks its backend by device, dtype and shape (`registry.explain` says why); `use_backend` fixes it.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kernels import registry
+from kernels.registry import explain, select, use_backend
+
+__version__ = "0.1.0"
+__all__ = [
+    "Routing", "attention", "cross_entropy", "expert_mlp", "explain", "grouped_gemm", "paged_attention", "rms_norm",
+    "rope", "route", "select", "use_backend",
+]  # fmt: skip
+
+
+class Routing(NamedTuple):
+    """Which experts each token goes to, and the order that puts every expert's tokens side by side.
+
+    A slot is one (token, choice) pair, numbered token * K + choice.
+    """
+
+    weights: Tensor
+    """(N, K) float32, softmax over the chosen logits; differentiable."""
+    experts: Tensor
+    """(N, K) int64, largest logit first, ties to the lowest index."""
+    order: Tensor
+    """(N * K,) int64, slots sorted by expert, in slot order within an expert."""
+    offsets: Tensor
+    """(E + 1,) int64, expert e owns order[offsets[e] : offsets[e + 1]]."""
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019, eq. 4).
+
+    x (..., D), weight (D,) -> (..., D) in x's dtype; the mean square is taken in float32.
+    """
+    return registry.call("rms_norm", x, weight, eps)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate channel c with channel c + C / 2 by each token's angle (Su et al. 2021, Hugging Face's channel order).
+
+    x (N, H, C), cos and sin (N, C / 2) float32 -> (N, H, C) in x's dtype.
+    """
+    return registry.call("rope", x, cos, sin)
+
+
+def route(logits: Tensor, top_k: int) -> Routing:
+    """Choose `top_k` experts per token and sort the slots by expert (Mixtral, section 2.1). Dropless.
+
+    logits (N, E) float32 -> Routing. The gradient flows through `weights`.
+    """
+    return Routing(*registry.call("route", logits, top_k))
+
+
+def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Multiply each group of rows with its own matrix: rows offsets[e]:offsets[e + 1] of x with weight[e] transposed.
+
+    x (M, D), weight (E, F, D), offsets (E + 1,) int64 with offsets[E] = M -> (M, F) in x's dtype.
+    """
+    return registry.call("grouped_gemm", x, weight, offsets)
+
+
+def expert_mlp(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Send tokens through their experts' SwiGLU MLPs and add the results by router weight (Shazeer 2020; Mixtral).
+
+    x (N, D), gate_up (E, 2F, D) with gate rows before up rows, down (E, D, F) -> (N, D) in x's dtype. Weights may be
+    float32 under a bfloat16 x: they are rounded on the way in, and their gradients come back in float32.
+    """
+    return registry.call("expert_mlp", x, *routing, gate_up, down)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
+    """Causal softmax attention inside whole rows, with 1 / sqrt(C) scaling; heads share keys in groups of H / G.
+
+    q (B, T, H, C), k and v (B, T, G, C), documents (B, T) int64 -> (B, T, H, C) in q's dtype. A token sees the
+    earlier tokens of its row with the same document number, and itself.
+    """
+    return registry.call("attention", q, k, v, documents)
+
+
+def paged_attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, query_offsets: Tensor, lengths: Tensor
+) -> Tensor:
+    """Causal attention of new tokens against a paged cache that already holds their keys (Kwon et al. 2023).
+
+    Sequence s brings the queries q[query_offsets[s] : query_offsets[s + 1]], its last ones of `lengths[s]` tokens;
+    its token t lies in page page_table[s, t // P] at row t % P.
+
+    q (N, H, C), k_pages and v_pages (pages, P, G, C), page_table (S, pages per sequence) int64, query_offsets
+    (S + 1,) int64, lengths (S,) int64 -> (N, H, C) in q's dtype. No gradient. A query's result depends on its own
+    sequence alone: neither batch-mates nor the number of queries beside it change a bit of it.
+    """
+    return registry.call("paged_attention", q, k_pages, v_pages, page_table, query_offsets, lengths)
+
+
+def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum of -log softmax(x @ weight^T)[target] in nats, over the rows whose target is not negative.
+
+    x (N, D), weight (V, D), targets (N,) int64 -> float32 scalar. Logits exist only a chunk of rows at a time.
+    """
+    return registry.call("cross_entropy", x, weight, targets)

@@ -1,0 +1,263 @@
+"""The fast operations as torch.library custom ops with fakes and gradients.
+
+torch.compile, fake tensors and autograd see each as one opaque node. An implementation asks the registry again, so the
+backend that `use_backend` forces holds inside as well. Gradients that an operation saves for are made in its own dtype.
+"""
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from kernels import registry
+
+
+def implementation(op: str, *args) -> object:
+    """The module that runs `op` on these arguments."""
+    return registry.module(registry.select(op, args), op)
+
+
+@custom_op("moe_kernels::rms_norm", mutates_args=())
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return implementation("rms_norm", x, weight, eps).rms_norm(x, weight, eps)
+
+
+@rms_norm.register_fake
+def _(x, weight, eps):
+    return torch.empty_like(x)
+
+
+@custom_op("moe_kernels::rms_norm_backward", mutates_args=())
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return implementation("rms_norm", x, weight, eps).rms_norm_backward(grad.contiguous(), x, weight, eps)
+
+
+@rms_norm_backward.register_fake
+def _(grad, x, weight, eps):
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _rms_norm_setup(ctx, inputs, output):
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _rms_norm_backward(ctx, grad):
+    return *rms_norm_backward(grad, *ctx.saved_tensors, ctx.eps), None
+
+
+rms_norm.register_autograd(_rms_norm_backward, setup_context=_rms_norm_setup)
+
+
+@custom_op("moe_kernels::rope", mutates_args=())
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return implementation("rope", x, cos, sin).rope(x, cos, sin)
+
+
+@rope.register_fake
+def _(x, cos, sin):
+    return torch.empty_like(x)
+
+
+def _rope_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _rope_backward(ctx, grad):
+    cos, sin = ctx.saved_tensors
+    return rope(grad.contiguous(), cos, -sin), None, None
+
+
+rope.register_autograd(_rope_backward, setup_context=_rope_setup)
+
+
+@custom_op("moe_kernels::route", mutates_args=())
+def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return implementation("route", logits, top_k).route(logits, top_k)
+
+
+@route.register_fake
+def _(logits, top_k):
+    N, E = logits.shape
+    index = logits.new_empty(N, top_k, dtype=torch.int64)
+    return logits.new_empty(N, top_k), index, index.new_empty(N * top_k), index.new_empty(E + 1)
+
+
+@custom_op("moe_kernels::route_backward", mutates_args=())
+def route_backward(grad_weights: Tensor, weights: Tensor, experts: Tensor, num_experts: int) -> Tensor:
+    module = registry.module(registry.select("route", (weights, num_experts)), "route")
+    return module.route_backward(grad_weights, weights, experts, num_experts)
+
+
+@route_backward.register_fake
+def _(grad_weights, weights, experts, num_experts):
+    return weights.new_empty(weights.shape[0], num_experts)
+
+
+def _route_setup(ctx, inputs, output):
+    ctx.num_experts = inputs[0].shape[1]
+    ctx.save_for_backward(*output[:2])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _route_backward(ctx, grad_weights, *_):
+    return route_backward(grad_weights, *ctx.saved_tensors, ctx.num_experts), None
+
+
+route.register_autograd(_route_backward, setup_context=_route_setup)
+
+
+@custom_op("moe_kernels::grouped_gemm", mutates_args=())
+def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    return implementation("grouped_gemm", x, weight, offsets).grouped_gemm(x, weight, offsets)
+
+
+@grouped_gemm.register_fake
+def _(x, weight, offsets):
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@custom_op("moe_kernels::grouped_gemm_backward", mutates_args=())
+def grouped_gemm_backward(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    return implementation("grouped_gemm", x, weight, offsets).grouped_gemm_backward(grad, x, weight, offsets)
+
+
+@grouped_gemm_backward.register_fake
+def _(grad, x, weight, offsets):
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _grouped_gemm_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_gemm_backward(ctx, grad):
+    return *grouped_gemm_backward(grad.contiguous(), *ctx.saved_tensors), None
+
+
+grouped_gemm.register_autograd(_grouped_gemm_backward, setup_context=_grouped_gemm_setup)
+
+
+@custom_op("moe_kernels::expert_mlp_forward", mutates_args=())
+def expert_mlp_forward(
+    x: Tensor, weights: Tensor, experts: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    module = implementation("expert_mlp", x, weights, experts, order, offsets, gate_up, down)
+    return module.expert_mlp_forward(x, weights, order, offsets, gate_up, down, keep=True)
+
+
+@expert_mlp_forward.register_fake
+def _(x, weights, experts, order, offsets, gate_up, down):
+    # How many rows the padded layout takes depends on the routing.
+    rows = torch.library.get_ctx().new_dynamic_size()
+    return torch.empty_like(x), x.new_empty(rows, gate_up.shape[1]), x.new_empty(rows, x.shape[1])
+
+
+@custom_op("moe_kernels::expert_mlp_backward", mutates_args=())
+def expert_mlp_backward(
+    grad: Tensor, x: Tensor, weights: Tensor, experts: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor,
+    down: Tensor, hidden: Tensor, y: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    module = implementation("expert_mlp", x, weights, experts, order, offsets, gate_up, down)
+    return module.expert_mlp_backward(grad, x, weights, order, offsets, gate_up, down, hidden, y)
+
+
+@expert_mlp_backward.register_fake
+def _(grad, x, weights, experts, order, offsets, gate_up, down, hidden, y):
+    return tuple(torch.empty_like(t) for t in (x, weights, gate_up, down))
+
+
+def _expert_mlp_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _expert_mlp_backward(ctx, grad, *_):
+    grads = expert_mlp_backward(grad.contiguous(), *ctx.saved_tensors)
+    return grads[0], grads[1], None, None, None, grads[2], grads[3]
+
+
+expert_mlp_forward.register_autograd(_expert_mlp_backward, setup_context=_expert_mlp_setup)
+
+
+def expert_mlp(*args: Tensor) -> Tensor:
+    return expert_mlp_forward(*args)[0]
+
+
+@custom_op("moe_kernels::attention_forward", mutates_args=())
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+    return implementation("attention", q, k, v, documents).attention_forward(q, k, v, documents)
+
+
+@attention_forward.register_fake
+def _(q, k, v, documents):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@custom_op("moe_kernels::attention_backward", mutates_args=())
+def attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    module = implementation("attention", q, k, v, documents)
+    return module.attention_backward(grad, q, k, v, documents, out, lse)
+
+
+@attention_backward.register_fake
+def _(grad, q, k, v, documents, out, lse):
+    return tuple(torch.empty_like(t) for t in (q, k, v))
+
+
+def _attention_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _attention_backward(ctx, grad, _):
+    return *attention_backward(grad, *ctx.saved_tensors), None
+
+
+attention_forward.register_autograd(_attention_backward, setup_context=_attention_setup)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
+    return attention_forward(q, k, v, documents)[0]
+
+
+@custom_op("moe_kernels::cross_entropy_with_grads", mutates_args=())
+def cross_entropy_with_grads(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return implementation("cross_entropy", x, weight, targets).cross_entropy_with_grads(x, weight, targets)
+
+
+@cross_entropy_with_grads.register_fake
+def _(x, weight, targets):
+    return x.new_empty((), dtype=torch.float32), torch.empty_like(x), torch.empty_like(weight, dtype=torch.float32)
+
+
+def _cross_entropy_setup(ctx, inputs, output):
+    ctx.weight_dtype = inputs[1].dtype
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _cross_entropy_backward(ctx, grad, *_):
+    grad_x, grad_weight = ctx.saved_tensors
+    return grad_x * grad.to(grad_x.dtype), (grad_weight * grad).to(ctx.weight_dtype), None
+
+
+cross_entropy_with_grads.register_autograd(_cross_entropy_backward, setup_context=_cross_entropy_setup)
+
+
+def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy_with_grads(x, weight, targets)[0]
+
+
+@custom_op("moe_kernels::paged_attention", mutates_args=())
+def paged_attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, query_offsets: Tensor, lengths: Tensor
+) -> Tensor:
+    args = (q, k_pages, v_pages, page_table, query_offsets, lengths)
+    return implementation("paged_attention", *args).paged_attention(*args)
+
+
+@paged_attention.register_fake
+def _(q, k_pages, v_pages, page_table, query_offsets, lengths):
+    return torch.empty_like(q)

@@ -1,0 +1,128 @@
+"""The decoder: embed, then blocks of attention and MLP around a residual stream, then norm and project.
+
+B rows of T tokens, N = B * T, D hidden width, V vocabulary, L layers, E experts.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from moe_lm.config import ModelConfig
+from moe_lm.model.attention import Attend, Attention, whole_rows
+from moe_lm.model.layers import Linear, RMSNorm, SwiGLU, rotary_angles
+from moe_lm.model.moe import MoE, Routed, expert_counts, load_balancing_loss, router_entropy, router_z_loss
+
+
+@dataclass
+class Losses:
+    """What one batch costs, each term apart; means over layers where a term has one per layer."""
+
+    nll: Tensor
+    """Sum over scored targets of -log p, in nats, float32 scalar."""
+    aux: Tensor
+    """Load-balancing loss, 1 at balance; 0 for a dense model."""
+    z: Tensor
+    """Router z-loss; 0 for a dense model."""
+    expert_counts: Tensor
+    """Slots that each expert of each layer got, int64 (L, E); (0, 0) for a dense model."""
+    router_entropy: Tensor
+    """Mean entropy of the router's distribution, in nats, float32 (L,)."""
+
+    def total(self, config: ModelConfig, num_targets: int) -> Tensor:
+        """The scalar that training minimises: mean cross-entropy plus the weighted router losses."""
+        return self.nll / num_targets + config.router_aux_loss_coef * self.aux + config.router_z_loss_coef * self.z
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MoE(config) if config.is_moe else SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Routed | None]:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, attend)
+        normed = self.post_attention_layernorm(x)
+        y, routed = self.mlp(normed) if isinstance(self.mlp, MoE) else (self.mlp(normed), None)
+        return x + y, routed
+
+
+class Transformer(nn.Module):
+    """A GPT-4-shaped decoder. Weights are float32 until cast; `compute_dtype` is that of the activations.
+
+    `compute_dtype` None follows the weights. Built under `torch.device("meta")` it costs no memory at any size.
+    """
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None = None):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.embed_tokens = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The projection to the vocabulary, (V, D)."""
+        return self.embed_tokens if self.lm_head is None else self.lm_head.weight
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> "Transformer":
+        """Draw the initial weights: normal, those that write to the residual stream scaled by 1 / sqrt(2 L) (GPT-2)."""
+        std = self.config.initializer_range
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                nn.init.ones_(parameter)
+            else:
+                writes = name.endswith(("o_proj.weight", "down_proj", "down_proj.weight"))
+                scale = 1 / math.sqrt(2 * self.config.num_hidden_layers) if writes else 1.0
+                nn.init.normal_(parameter, std=std * scale, generator=generator)
+        return self
+
+    def hidden_states(self, tokens: Tensor, positions: Tensor, attend: Attend) -> tuple[Tensor, list[Routed]]:
+        """Normed states (..., D) before the projection to the vocabulary, and each MoE layer's routing.
+
+        tokens and positions (...) int64 of one shape; `attend` as in moe_lm.model.attention.
+        """
+        # Rows of a table, gathered before they are rounded: casting the whole table would read V rows for N.
+        x = nn.functional.embedding(tokens, self.embed_tokens).to(self.compute_dtype or self.embed_tokens.dtype)
+        rotation = rotary_angles(self.config, positions.flatten())
+        routings = []
+        for block in self.layers:
+            x, routed = block(x, rotation, attend)
+            if routed is not None:
+                routings.append(routed)
+        return self.norm(x), routings
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, attend: Attend | None = None) -> Tensor:
+        """Logits float32 (..., V) of tokens int64 (...).
+
+        By default (B, T) tokens are B rows from position 0, each token attending to the earlier ones of its row.
+        """
+        if positions is None:
+            positions = torch.arange(tokens.shape[-1], device=tokens.device).expand(tokens.shape)
+        x, _ = self.hidden_states(tokens, positions, attend or whole_rows())
+        return self.logits(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Scores of the vocabulary, float32 (..., V), for normed states (..., D)."""
+        return nn.functional.linear(x, self.output_weight.to(x.dtype)).float()
+
+    def losses(self, tokens: Tensor, targets: Tensor, positions: Tensor, documents: Tensor | None = None) -> Losses:
+        """Training losses of packed rows; all arguments (B, T) int64, targets below 0 are not scored."""
+        x, routings = self.hidden_states(tokens, positions, whole_rows(documents))
+        nll = kernels.cross_entropy(x.flatten(0, -2), self.output_weight, targets.flatten())
+        zero = nll.new_zeros(())
+        if not routings:
+            return Losses(nll, zero, zero, tokens.new_zeros(0, 0), nll.new_zeros(0))
+        return Losses(
+            nll,
+            torch.stack([load_balancing_loss(routed) for routed in routings]).mean(),
+            torch.stack([router_z_loss(routed) for routed in routings]).mean(),
+            torch.stack([expert_counts(routed.routing) for routed in routings]),
+            torch.stack([router_entropy(routed) for routed in routings]),
+        )

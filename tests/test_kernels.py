@@ -1,0 +1,264 @@
+"""Every fast operation against its plain twin: forward, each named gradient, ugly shapes, two dtypes, poisoned margins.
+
+The twin runs in float32 from the same (rounded) inputs, so the tolerance measures the kernel and not its inputs.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from poison import assert_margins_untouched, poisoned
+from torch import Tensor
+
+import kernels
+from kernels import Routing, use_backend
+from kernels.cpu.grouped_gemm import bucket
+
+DTYPES = [torch.float32, torch.bfloat16]
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+"""Largest error as a share of the largest true value, or of `floor` where all true values are smaller."""
+
+
+def check(op, inputs: dict[str, Tensor], dtype: torch.dtype, *, fixed=(), wide=(), floor=0.1) -> None:
+    """Compare op(**inputs) and its gradients on the chosen backend in `dtype` with the reference in float32.
+
+    Inputs named in `wide` stay float32 on both sides, as master weights do.
+    """
+    given_, exact = {}, {}
+    for name, value in inputs.items():
+        rounded = value if name in wide else value.to(dtype)
+        given_[name] = poisoned(rounded.detach()).requires_grad_()
+        exact[name] = rounded.detach().to(dtype).float().requires_grad_()
+    out = op(*given_.values(), *fixed)
+    with use_backend("reference"):
+        true = op(*exact.values(), *fixed)
+    assert_near(out, true, dtype, "out")
+    gradient = torch.randn_like(true)
+    out.backward(gradient.to(out.dtype))
+    true.backward(gradient.to(out.dtype).float())
+    for name in inputs:
+        assert given_[name].grad.dtype == given_[name].dtype
+        assert_near(given_[name].grad, exact[name].grad, dtype, f"d{name}", floor)
+        assert_margins_untouched(given_[name])
+
+
+def assert_near(got: Tensor, true: Tensor, dtype: torch.dtype, name: str, floor: float = 0.1) -> None:
+    assert got.shape == true.shape, name
+    if true.numel():
+        scale = max(true.abs().max().item(), floor)
+        error = (got.float() - true).abs().max().item() / scale
+        assert error < TOLERANCE[dtype], f"{name}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 5), (5, 123), (2, 3, 64), (300, 60)])
+def test_rms_norm(shape, dtype):
+    weight = torch.rand(shape[-1]) + 0.5
+    check(kernels.rms_norm, {"x": torch.randn(shape), "weight": weight}, dtype, fixed=(1e-5,), wide=("weight",))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "H", "C"), [(1, 1, 2), (63, 9, 32), (7, 3, 60)])
+def test_rope(N, H, C, dtype):
+    angle = torch.rand(N, C // 2) * 100
+    check(kernels.rope, {"x": torch.randn(N, H, C)}, dtype, fixed=(angle.cos(), angle.sin()))
+
+
+def test_rope_keeps_lengths_and_relative_angles():
+    C = 32
+    frequency = 10000 ** (-torch.arange(0, C, 2) / C)
+    q, k = torch.randn(1, 1, C), torch.randn(1, 1, C)
+
+    def score(i, j):
+        def turn(x, t):
+            return kernels.rope(x, (t * frequency)[None].cos(), (t * frequency)[None].sin())
+
+        return (turn(q, i) * turn(k, j)).sum().item()
+
+    assert score(10, 3) == pytest.approx(score(107, 100), rel=1e-4)
+
+
+@pytest.mark.parametrize(("N", "E", "K"), [(1, 1, 1), (1, 16, 2), (63, 16, 2), (200, 8, 4), (17, 64, 1)])
+def test_route(N, E, K):
+    logits = torch.randn(N, E, requires_grad=True)
+    twin = logits.detach().clone().requires_grad_()
+    routing = kernels.route(logits, K)
+    with use_backend("reference"):
+        true = kernels.route(twin, K)
+    for got, want in zip(routing[1:], true[1:], strict=True):
+        assert torch.equal(got, want)
+    torch.testing.assert_close(routing.weights, true.weights)
+    gradient = torch.randn(N, K)
+    routing.weights.backward(gradient)
+    true.weights.backward(gradient)
+    torch.testing.assert_close(logits.grad, twin.grad)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_routing_bookkeeping(data):
+    N, E = data.draw(st.integers(0, 40)), data.draw(st.integers(1, 16))
+    K = data.draw(st.integers(1, min(E, 4)))
+    # Few distinct values, so that ties are common.
+    logits = torch.tensor([[data.draw(st.integers(0, 2)) for _ in range(E)] for _ in range(N)]).float().view(N, E)
+    routing = kernels.route(logits, K)
+    assert routing.offsets[0] == 0
+    assert routing.offsets[-1] == N * K
+    assert sorted(routing.order.tolist()) == list(range(N * K))
+    for e in range(E):
+        slots = routing.order[routing.offsets[e] : routing.offsets[e + 1]].tolist()
+        assert slots == sorted(slots)
+        assert all(routing.experts.view(-1)[slot] == e for slot in slots)
+    for n in range(N):
+        assert routing.experts[n].tolist() == sorted(range(E), key=lambda e: (-logits[n, e].item(), e))[:K]
+
+
+def make_routing(kind: str, N: int, E: int, K: int) -> Routing:
+    logits = torch.randn(N, E)
+    if kind == "one expert":
+        logits[:, 0] += 100
+    elif kind == "empty experts":
+        logits[:, : E // 2] -= 100
+    return kernels.route(logits, K)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["random", "one expert", "empty experts"])
+@pytest.mark.parametrize(("N", "D", "F", "E", "K"), [(1, 16, 8, 4, 2), (63, 60, 36, 16, 2), (200, 32, 64, 8, 3)])
+def test_expert_mlp(N, D, F, E, K, kind, dtype):
+    routing = make_routing(kind, N, E, K)
+
+    def op(x, weights, gate_up, down):
+        return kernels.expert_mlp(x, routing._replace(weights=weights), gate_up, down)
+
+    inputs = {
+        "x": torch.randn(N, D),
+        "weights": routing.weights,
+        "gate_up": torch.randn(E, 2 * F, D) / math.sqrt(D),
+        "down": torch.randn(E, D, F) / math.sqrt(F),
+    }
+    check(op, inputs, dtype, wide=("weights", "gate_up", "down"))
+    check(op, inputs, dtype, wide=("weights",))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_expert_mlp_on_any_routing(data):
+    E = data.draw(st.integers(1, 9))
+    N, K = data.draw(st.integers(1, 70)), data.draw(st.integers(1, min(E, 4)))
+    experts = [data.draw(st.permutations(range(E)))[:K] for _ in range(N)]
+    logits = torch.full((N, E), -100.0).scatter_(1, torch.tensor(experts), torch.randn(N, K))
+    routing = kernels.route(logits, K)
+    x, gate_up, down = torch.randn(N, 12), torch.randn(E, 20, 12), torch.randn(E, 12, 10)
+    out = kernels.expert_mlp(x, routing, gate_up, down)
+    with use_backend("reference"):
+        torch.testing.assert_close(out, kernels.expert_mlp(x, routing, gate_up, down), rtol=1e-4, atol=1e-4)
+
+
+def test_expert_mlp_sends_nothing_between_tokens():
+    """A NaN token spoils its own row only: neither padding nor neighbours read it."""
+    routing = make_routing("random", 40, 4, 2)
+    x, gate_up, down = torch.randn(40, 16), torch.randn(4, 24, 16), torch.randn(4, 16, 12)
+    clean = kernels.expert_mlp(x, routing, gate_up, down)
+    x[0] = float("nan")
+    spoiled = kernels.expert_mlp(x, routing, gate_up, down)
+    assert spoiled[0].isnan().all()
+    assert torch.equal(spoiled[1:], clean[1:])
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 63, 64, 65, 1000])
+def test_bucket_holds_the_rows_and_little_more(rows):
+    assert rows <= bucket(rows) < max(2 * rows, 1) + 1
+    assert bucket(rows) - rows < 64
+    assert bucket(bucket(rows)) == bucket(rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [[5, 0, 123], [0, 0, 1], [64, 65, 63]])
+def test_grouped_gemm(sizes, dtype):
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    inputs = {"x": torch.randn(sum(sizes), 60), "weight": torch.randn(len(sizes), 36, 60) / 8}
+    check(kernels.grouped_gemm, inputs, dtype, fixed=(offsets,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(
+    ("B", "T", "H", "G", "C"), [(1, 1, 1, 1, 2), (2, 63, 4, 1, 60), (3, 130, 6, 2, 16), (40, 65, 8, 8, 32)]
+)
+def test_attention(B, T, H, G, C, documents, dtype):
+    numbers = torch.randint(0, 2, (B, T)).cumsum(1) // 9 if documents else None
+    inputs = {"q": torch.randn(B, T, H, C), "k": torch.randn(B, T, G, C), "v": torch.randn(B, T, G, C)}
+    # With one key the softmax is constant: the gradient of q is 0, and its error is that of two terms of about 1.
+    check(kernels.attention, inputs, dtype, fixed=(numbers,), floor=1.0 if T == 1 else 0.1)
+
+
+def test_attention_does_not_cross_documents():
+    q, k, v = torch.randn(1, 10, 4, 8), torch.randn(1, 10, 1, 8), torch.randn(1, 10, 1, 8)
+    documents = torch.tensor([[0] * 4 + [1] * 6])
+    out = kernels.attention(q, k, v, documents)
+    k[:, :4], v[:, :4] = float("inf"), float("nan")
+    alone = kernels.attention(q[:, 4:], k[:, 4:], v[:, 4:])
+    torch.testing.assert_close(out[:, 4:], alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("P", [4, 16])
+@pytest.mark.parametrize(("H", "G", "C"), [(1, 1, 8), (8, 1, 32), (6, 2, 60), (4, 4, 16)])
+def test_paged_attention(H, G, C, P, dtype):
+    news, lengths = [1, 5, 8, 11, P], [1, 5, 3 * P + 1, 40, P]
+    pages_each = [-(-length // P) for length in lengths]
+    order = torch.randperm(sum(pages_each) + 3)
+    table = torch.zeros(len(news), max(pages_each), dtype=torch.int64)
+    k, v = (torch.full((len(order), P, G, C), float("nan"), dtype=dtype) for _ in range(2))
+    used = 0
+    for s, (length, count) in enumerate(zip(lengths, pages_each, strict=True)):
+        table[s, :count] = order[used : used + count]
+        used += count
+        for t in range(length):
+            k[table[s, t // P], t % P] = torch.randn(G, C).to(dtype)
+            v[table[s, t // P], t % P] = torch.randn(G, C).to(dtype)
+    q = poisoned(torch.randn(sum(news), H, C).to(dtype))
+    rest = (table, torch.tensor([0, *news]).cumsum(0), torch.tensor(lengths))
+    out = kernels.paged_attention(q, k, v, *rest)
+    with use_backend("reference"):
+        true = kernels.paged_attention(q.float(), k.float(), v.float(), *rest)
+    assert_near(out, true, dtype, "out")
+    alone = kernels.paged_attention(q[-1:], k, v, table[-1:], torch.tensor([0, 1]), rest[2][-1:])
+    assert torch.equal(alone, out[-1:]), "a query's bits depend on the queries beside it"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "D", "V"), [(1, 8, 2), (63, 60, 123), (1500, 16, 300)])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_cross_entropy(N, D, V, ignored, dtype):
+    targets = torch.randint(0, V, (N,))
+    if ignored:
+        targets[::3] = -100
+    inputs = {"x": torch.randn(N, D), "weight": torch.randn(V, D) / math.sqrt(D)}
+    check(kernels.cross_entropy, inputs, dtype, fixed=(targets,), wide=("weight",))
+
+
+def test_cross_entropy_ignores_what_it_does_not_score():
+    x, weight = torch.randn(4, 8), torch.randn(10, 8)
+    x[1] = float("nan")
+    x.requires_grad_()
+    loss = kernels.cross_entropy(x, weight.requires_grad_(), torch.tensor([1, -100, 2, 3]))
+    loss.backward()
+    assert loss.isfinite()
+    assert x.grad[[0, 2, 3]].isfinite().all()
+
+
+def test_twice_gives_the_same_bits():
+    routing = make_routing("random", 200, 8, 2)
+    x, gate_up, down = torch.randn(200, 32).bfloat16(), torch.randn(8, 64, 32), torch.randn(8, 32, 32)
+
+    def run():
+        leaves = [t.clone().requires_grad_() for t in (x, gate_up, down)]
+        kernels.expert_mlp(leaves[0], routing, *leaves[1:]).square().sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
