@@ -8,6 +8,7 @@ needs no translation table. Every class refuses what cannot work with one senten
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -25,10 +26,10 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def require_positive(config: Any, *names: str) -> None:
+def require_positive(config: Any, *names: str, section: str = "") -> None:
     for name in names:
         value = getattr(config, name)
-        require(value > 0, f"{name} = {value} must be greater than 0.")
+        require(value > 0, f"{section}{name} = {value} must be greater than 0.")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class RopeScaling:
             f"rope_scaling.high_freq_factor = {self.high_freq_factor} must be above "
             f"low_freq_factor = {self.low_freq_factor}, which must be above 0.",
         )
-        require_positive(self, "original_max_position_embeddings")
+        require_positive(self, "original_max_position_embeddings", section="rope_scaling.")
 
 
 @dataclass(frozen=True)
@@ -224,8 +225,8 @@ class TrainConfig:
     """Peak of the schedule."""
     min_learning_rate_ratio: float = 0.05
     """Learning rate of the last step as a share of the peak."""
-    warmup_steps: int = 40
-    """Steps of linear warm-up."""
+    warmup: float = 0.06
+    """Linear warm-up, as a share of `steps`."""
     decay: Literal["cosine", "linear"] = "cosine"
     """Shape of the decay from the peak to the end."""
     weight_decay: float = 0.1
@@ -247,28 +248,33 @@ class TrainConfig:
     """Steps between evaluations on held-out documents; the last step always evaluates."""
     eval_tokens: int = 65536
     """Held-out tokens per source that an evaluation reads; the last one reads four times as many."""
-    log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl; each line is about its own step."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard into the run directory (needs the `tensorboard` package)."""
 
     def __post_init__(self):
-        require_positive(self, "steps", "batch_tokens", "micro_batch_tokens", "learning_rate", "adam_eps")
-        require_positive(self, "eval_every", "eval_tokens", "log_every")
-        for name in ("beta1", "beta2", "min_learning_rate_ratio"):
+        require_positive(self, "steps", "batch_tokens", "micro_batch_tokens", section="train.")
+        require_positive(self, "learning_rate", "adam_eps", section="train.")
+        require_positive(self, "eval_every", "eval_tokens", "log_every", section="train.")
+        for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            require(0 <= value <= 1, f"train.{name} = {value} must be between 0 and 1.")
-        for name in ("warmup_steps", "batch_ramp_steps", "weight_decay", "max_grad_norm", "seed"):
+            require(0 <= value < 1, f"train.{name} = {value} must be at least 0 and below 1.")
+        ratio = self.min_learning_rate_ratio
+        require(0 <= ratio <= 1, f"train.min_learning_rate_ratio = {ratio} must be between 0 and 1.")
+        require(0 <= self.warmup < 1, f"train.warmup = {self.warmup} must be a share of the steps, below 1.")
+        for name in ("batch_ramp_steps", "weight_decay", "max_grad_norm", "seed"):
             value = getattr(self, name)
             require(value >= 0, f"train.{name} = {value} must be 0 or more.")
-        require(
-            self.warmup_steps <= self.steps or self.warmup_steps == TrainConfig.warmup_steps,
-            f"train.warmup_steps = {self.warmup_steps} is longer than train.steps = {self.steps}.",
-        )
         start = self.batch_tokens_start
         require(
             start is None or 0 < start <= self.batch_tokens,
             f"train.batch_tokens_start = {start} must be between 1 and batch_tokens = {self.batch_tokens}.",
+        )
+        require(
+            (start is None) == (self.batch_ramp_steps == 0),
+            f"train.batch_tokens_start = {start} and train.batch_ramp_steps = {self.batch_ramp_steps} need each other: "
+            "set both or neither.",
         )
 
 
@@ -282,7 +288,7 @@ class CheckpointConfig:
     """Complete checkpoints that are kept, the newest ones."""
 
     def __post_init__(self):
-        require_positive(self, "every", "keep")
+        require_positive(self, "every", "keep", section="checkpoint.")
 
 
 @dataclass(frozen=True)
@@ -299,7 +305,7 @@ class SampleConfig:
     """Tokens that the draft model proposes per step."""
 
     def __post_init__(self):
-        require_positive(self, "max_tokens", "draft_tokens")
+        require_positive(self, "max_tokens", "draft_tokens", section="sample.")
         require(self.temperature >= 0, f"sample.temperature = {self.temperature} must be 0 or more.")
 
 
@@ -337,10 +343,13 @@ class RunConfig:
         )
 
 
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """`; did you mean X?` for the closest known name, or nothing when none is close."""
+def nearest(name: str, known: typing.Iterable[str], section: str = "") -> str:
+    """`; did you mean X?` for the closest known name, shown behind `section`, or a full stop when none is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else "."
+    return f"; did you mean {section}{close[0]}?" if close else "."
+
+
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
 
 def from_value(kind: Any, value: Any, where: str) -> Any:
@@ -357,9 +366,10 @@ def from_value(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         require(isinstance(value, dict), f"{where} = {value!r} must be a table.")
         hints = typing.get_type_hints(kind)
+        section = f"{where}." if where else ""
         for key in value:
-            require(key in hints, f"{where + '.' if where else ''}{key} is not a known setting{nearest(key, hints)}")
-        parts = {key: from_value(hints[key], part, f"{where}.{key}".lstrip(".")) for key, part in value.items()}
+            require(key in hints, f"{section}{key} is not a known setting{nearest(key, hints, section)}")
+        parts = {key: from_value(hints[key], part, section + key) for key, part in value.items()}
         missing = [
             f.name for f in dataclasses.fields(kind)
             if f.name not in parts and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
@@ -374,9 +384,13 @@ def from_value(kind: Any, value: Any, where: str) -> Any:
         return value
     if kind is float and type(value) is int:
         value = float(value)
-    require(type(value) is kind, f"{where} = {value!r} must be a value of type {kind.__name__}.")
+    require(type(value) is kind, f"{where} = {value!r} must be {TYPE_NAMES[kind]}.")
     if kind is float:
-        require(value == value and abs(value) != float("inf"), f"{where} = {value} must be a finite number.")
+        require(math.isfinite(value), f"{where} = {value} must be a finite number.")
+    if kind is str:
+        # Bytes of the command line that are no UTF-8 arrive as lone surrogates, which TOML cannot write.
+        lone = any("\ud800" <= character <= "\udfff" for character in value)
+        require(not lone, f"{where} = {value!r} must be valid UTF-8.")
     return value
 
 
@@ -386,14 +400,17 @@ def load_config(path: str | Path) -> RunConfig:
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file, not yet checked. Raises ConfigError where the file cannot be read."""
     try:
-        return tomllib.loads(Path(path).read_text("utf-8"))
+        return tomllib.loads(Path(path).read_text("utf-8-sig"))  # -sig: some editors on Windows begin with a mark
     except FileNotFoundError:
         folder = Path(path).parent
         raise ConfigError(f"no config file {path}{nearest(str(path), map(str, folder.glob('*.toml')))}") from None
     except IsADirectoryError:
         raise ConfigError(f"{path} is a directory; name a .toml file.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:  # besides TOMLDecodeError: not UTF-8, or a number of thousands of digits
         raise ConfigError(f"{path} is not valid TOML: {error}.") from None
 
 
@@ -407,6 +424,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_plain(value: Any) -> Any:
+    """`value` as TOML and JSON know it: dataclasses as tables, tuples as lists."""
     if dataclasses.is_dataclass(value):
         return to_dict(value)
     return [to_plain(item) for item in value] if isinstance(value, tuple) else value
@@ -424,9 +442,10 @@ def to_toml(config: RunConfig) -> str:
 
 
 def toml_value(value: Any) -> str:
+    """A table, list, string, number or boolean as an inline TOML value."""
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items()) + " }"
     if isinstance(value, list):
         return "[" + ", ".join(map(toml_value, value)) + "]"
-    # A JSON string, number or boolean is also a TOML one.
-    return json.dumps(value, ensure_ascii=False)
+    # A JSON string, number or boolean is also a TOML one, but for DEL, which TOML wants escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

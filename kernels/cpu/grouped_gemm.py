@@ -17,10 +17,10 @@ def unsupported(x: Tensor, weight: Tensor, offsets: Tensor) -> str | None:
 
 
 def bucket(rows: int) -> int:
-    """The smallest size of at least `rows` in 0, 1, 2, 4, ... 64, 128, 192, ...: at most 64 rows are padding."""
-    if rows <= 64:
-        return 1 << (rows - 1).bit_length() if rows else 0
-    return -(-rows // 64) * 64
+    """The smallest size of at least `rows` among 0, 8, 16 ... 64, then 8 evenly spaced ones per doubling: 72 to 128,
+    144 to 256 and so on. At most an eighth of the rows is padding, and up to 8,192 rows there are 64 sizes."""
+    step = max(8, 1 << max(0, (rows - 1).bit_length() - 4))
+    return -(-rows // step) * step
 
 
 def padded_layout(counts: list[int]) -> tuple[list[int], list[int]]:

@@ -9,8 +9,8 @@ from moe_lm.config import ModelConfig
 from moe_lm.model.layers import Linear
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""attend(layer, q, k, v) -> (..., H, C): how new queries (..., H, C) meet the keys and values (..., G, C) that come with
-them and those of the past. `whole_rows` when training, a cache when serving."""
+"""attend(layer, q, k, v) -> (..., H, C): how new queries (..., H, C) meet the keys and values (..., G, C) that come
+with them and those of the past. `whole_rows` when training, a cache when serving."""
 
 
 def whole_rows(documents: Tensor | None = None) -> Attend:

@@ -31,9 +31,9 @@ class Losses:
     router_entropy: Tensor
     """Mean entropy of the router's distribution, in nats, float32 (L,)."""
 
-    def total(self, config: ModelConfig, num_targets: int) -> Tensor:
-        """The scalar that training minimises: mean cross-entropy plus the weighted router losses."""
-        return self.nll / num_targets + config.router_aux_loss_coef * self.aux + config.router_z_loss_coef * self.z
+    def router_loss(self, config: ModelConfig) -> Tensor:
+        """The weighted router losses, which training adds to the mean cross-entropy."""
+        return config.router_aux_loss_coef * self.aux + config.router_z_loss_coef * self.z
 
 
 class Block(nn.Module):

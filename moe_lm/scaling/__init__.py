@@ -1,0 +1,1 @@
+"""Closed forms of what a model costs; no torch."""

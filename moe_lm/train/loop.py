@@ -1,0 +1,227 @@
+"""The training loop. A step reads: fetch, forward, backward, clip, check, step, log."""
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_lm.bench import machine
+from moe_lm.checkpoint.directory import checkpoints, publish
+from moe_lm.checkpoint.hf import load_state, save_hf
+from moe_lm.checkpoint.train_state import load_train_state, save_train_state
+from moe_lm.config import ConfigError, RunConfig
+from moe_lm.data import PreparedData
+from moe_lm.model import Losses, Transformer
+from moe_lm.scaling.counts import train_flops_per_token
+from moe_lm.train.evaluate import Evaluation, evaluate
+from moe_lm.train.metrics import MetricsLog, ProgressLine
+from moe_lm.train.optim import make_optimizer
+from moe_lm.train.schedule import batch_rows, learning_rate
+
+
+class NotFinite(RuntimeError):
+    """The loss or the gradient of a step is infinite or not a number; the weights are those before the step."""
+
+
+class Trainer:
+    """One run of one model: builds it, or takes it up from its newest checkpoint, and trains it to the end."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, data: PreparedData):
+        self.config, self.run_dir, self.data = config, run_dir, data
+        self.device = torch.device(choose_device(config.train.device))
+        self.dtype = choose_dtype(config.train.dtype, self.device)
+        torch.manual_seed(config.train.seed)
+        self.model = Transformer(config.model, compute_dtype=self.dtype).reset_parameters().to(self.device)
+        self.optimizer = make_optimizer(self.model, config.train)
+        self.loader = data.train_loader(config.train.seed, config.data.sequence_length)
+        self.flops_per_token = train_flops_per_token(config.model, config.data.sequence_length)
+        self.step = self.tokens = 0
+        self.evaluation: Evaluation | None = None
+        self.stop_requested = False
+        self.resume()
+
+    def resume(self) -> None:
+        """Take up the newest complete checkpoint, if there is one."""
+        found = checkpoints(self.run_dir)
+        if not found:
+            return
+        load_state(found[-1], self.model)
+        progress = load_train_state(found[-1], self.model, self.optimizer)
+        self.loader.load_state_dict(progress["loader"])
+        self.step, self.tokens = progress["step"], progress["tokens"]
+        if progress["evaluation"] is not None:
+            self.evaluation = Evaluation(**progress["evaluation"])
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.config.train.steps
+
+    def run(self) -> bool:
+        """Train to the last step, or until SIGINT or SIGTERM ask to stop; True when the last step is done.
+
+        Either way the end is saved. Raises NotFinite, leaving the last good checkpoint the newest.
+        """
+        config = self.config
+        log = MetricsLog(self.run_dir, self.step, config.train.tensorboard)
+        line = ProgressLine(config.train.steps, self.step)
+        self.model.train()
+        try:
+            with self.signals():
+                while not self.finished and not self.stop_requested:
+                    metrics = self.train_step()
+                    if self.due(config.train.eval_every):
+                        metrics |= self.evaluate()
+                        line.note(evaluation_text(self.step, self.evaluation))
+                    if self.due(config.train.log_every):
+                        log.write(metrics)
+                    line.show(metrics, last=self.finished or self.stop_requested)
+                    if self.due(config.checkpoint.every) or self.stop_requested:
+                        self.save()
+        finally:
+            log.close()
+        return self.finished
+
+    def due(self, every: int) -> bool:
+        return self.step % every == 0 or self.finished
+
+    def train_step(self) -> dict[str, Any]:
+        """One optimizer step over one batch, and its metrics."""
+        start = time.perf_counter()
+        train = self.config.train
+        rate = learning_rate(train, self.step + 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        batches = self.micro_batches()
+        num_targets = sum(batch.num_targets for batch in batches)
+        parts = []
+        for batch in batches:
+            batch = batch.to(self.device)
+            losses = self.model.losses(batch.tokens, batch.targets, batch.positions, batch.documents)
+            # Router losses are means over a micro-batch: each counts by its share of the rows.
+            share = batch.tokens.shape[0] / sum(len(b.tokens) for b in batches)
+            loss = losses.nll / num_targets + share * losses.router_loss(self.config.model)
+            loss.backward()
+            parts.append((share, losses))
+        limit = train.max_grad_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit, foreach=True)
+        metrics = self.collect(parts, num_targets, sum(batch.num_bytes for batch in batches))
+        metrics["grad_norm"] = grad_norm.item()
+        self.check_finite(metrics)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        tokens = sum(batch.tokens.numel() for batch in batches)
+        self.tokens += tokens
+        speed = tokens / (time.perf_counter() - start)
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            **metrics,
+            "learning_rate": rate,
+            "tokens_per_s": speed,
+            "mfu": speed * self.flops_per_token / machine.gemm_rate(self.device, self.dtype),
+        }
+
+    def micro_batches(self) -> list:
+        length = self.config.data.sequence_length
+        left = batch_rows(self.config.train, length, self.step + 1)
+        most = max(1, self.config.train.micro_batch_tokens // length)
+        batches = []
+        while left:
+            rows = min(left, most)
+            batches.append(self.loader.next_batch(rows))
+            left -= rows
+        return batches
+
+    def collect(self, parts: list[tuple[float, Losses]], num_targets: int, num_bytes: int) -> dict[str, Any]:
+        """The step's losses and routing as plain numbers."""
+        nll = sum(losses.nll.item() for _, losses in parts)
+        counts = sum(losses.expert_counts for _, losses in parts)
+        load = counts / counts.sum(1, keepdim=True)
+        return {
+            "loss": nll / num_targets,
+            "bits_per_byte": nll / math.log(2) / num_bytes,
+            "aux_loss": sum(share * losses.aux.item() for share, losses in parts),
+            "z_loss": sum(share * losses.z.item() for share, losses in parts),
+            "expert_load": [[round(value, 5) for value in layer] for layer in load.tolist()],
+            "router_entropy": [round(value, 5) for value in parts[-1][1].router_entropy.tolist()],
+            "dead_experts": int((counts == 0).sum()),
+        }
+
+    def check_finite(self, metrics: dict[str, Any]) -> None:
+        for name in ("loss", "aux_loss", "z_loss", "grad_norm"):
+            if not math.isfinite(metrics[name]):
+                raise NotFinite(
+                    f"step {self.step + 1}: {name} = {metrics[name]}; nothing was changed or saved since step "
+                    f"{self.step}. Lower train.learning_rate = {self.config.train.learning_rate}, or resume from the "
+                    f"last checkpoint in {self.run_dir}."
+                )
+
+    def evaluate(self) -> dict[str, Any]:
+        tokens = self.config.train.eval_tokens * (4 if self.finished else 1)
+        self.evaluation = evaluate(self.model, self.data, self.config, tokens)
+        return {
+            "val_bits_per_byte": self.evaluation.bits_per_byte,
+            "val_bits_per_byte_by_source": self.evaluation.by_source,
+            "val_dead_experts": self.evaluation.dead_experts,
+        }
+
+    def save(self) -> Path:
+        def write(directory: Path) -> None:
+            save_hf(directory, self.model, self.data.tokenizer)
+            progress = {
+                "step": self.step,
+                "tokens": self.tokens,
+                "loader": self.loader.state_dict(),
+                "evaluation": vars(self.evaluation) if self.evaluation else None,
+            }
+            save_train_state(directory, self.model, self.optimizer, progress)
+
+        return publish(self.run_dir, self.step, write, self.config.checkpoint.keep)
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """Inside the block the first SIGINT or SIGTERM asks for a stop after the step; a second acts as ever."""
+
+        def ask(number: int, frame: object) -> None:
+            self.stop_requested = True
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in before:
+            signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def evaluation_text(step: int, evaluation: Evaluation) -> str:
+    parts = ", ".join(f"{name} {value:.3f}" for name, value in evaluation.by_source.items())
+    return f"step {step}: held-out bits per byte {evaluation.bits_per_byte:.3f} ({parts})"
+
+
+def choose_device(name: str) -> str:
+    """`auto` is a GPU where there is one. Raises ConfigError for a device that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind == "cpu" and not index:
+        return name
+    if kind != "cuda" or (index and not index.isdigit()):
+        raise ConfigError(f"train.device = {name!r} is not a device; write auto, cpu, cuda or cuda:N.")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(index or 0) >= count:
+        raise ConfigError(f"train.device = {name!r} is not there: torch sees {count} CUDA devices; use auto or cpu.")
+    return name
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    return machine.fastest_dtype(device) if name == "auto" else getattr(torch, name)
