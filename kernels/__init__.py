@@ -71,8 +71,7 @@ def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 def expert_mlp(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
     """Send tokens through their experts' SwiGLU MLPs and add the results by router weight (Shazeer 2020; Mixtral).
 
-    x (N, D), gate_up (E, 2F, D) with gate rows before up rows, down (E, D, F) -> (N, D) in x's dtype. Weights may be
-    float32 under a bfloat16 x: they are rounded on the way in, and their gradients come back in float32.
+    x (N, D), gate_up (E, 2F, D) with gate rows before up rows, down (E, D, F), all of one dtype -> (N, D) in it.
     """
     return registry.call("expert_mlp", x, *routing, gate_up, down)
 

@@ -16,36 +16,40 @@ def implementation(op: str, *args) -> object:
     return registry.module(registry.select(op, args), op)
 
 
-@custom_op("moe_kernels::rms_norm", mutates_args=())
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return implementation("rms_norm", x, weight, eps).rms_norm(x, weight, eps)
+@custom_op("moe_kernels::rms_norm_forward", mutates_args=())
+def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return implementation("rms_norm", x, weight, eps).rms_norm_forward(x, weight, eps)
 
 
-@rms_norm.register_fake
+@rms_norm_forward.register_fake
 def _(x, weight, eps):
-    return torch.empty_like(x)
+    return torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
 
 
 @custom_op("moe_kernels::rms_norm_backward", mutates_args=())
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return implementation("rms_norm", x, weight, eps).rms_norm_backward(grad.contiguous(), x, weight, eps)
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    return implementation("rms_norm", x, weight, 0.0).rms_norm_backward(grad.contiguous(), x, weight, r)
 
 
 @rms_norm_backward.register_fake
-def _(grad, x, weight, eps):
+def _(grad, x, weight, r):
     return torch.empty_like(x), torch.empty_like(weight)
 
 
 def _rms_norm_setup(ctx, inputs, output):
-    x, weight, ctx.eps = inputs
-    ctx.save_for_backward(x, weight)
+    ctx.save_for_backward(*inputs[:2], output[1])
+    ctx.mark_non_differentiable(output[1])
 
 
-def _rms_norm_backward(ctx, grad):
-    return *rms_norm_backward(grad, *ctx.saved_tensors, ctx.eps), None
+def _rms_norm_backward(ctx, grad, _):
+    return *rms_norm_backward(grad, *ctx.saved_tensors), None
 
 
-rms_norm.register_autograd(_rms_norm_backward, setup_context=_rms_norm_setup)
+rms_norm_forward.register_autograd(_rms_norm_backward, setup_context=_rms_norm_setup)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return rms_norm_forward(x, weight, eps)[0]
 
 
 @custom_op("moe_kernels::rope", mutates_args=())

@@ -139,7 +139,6 @@ def test_expert_mlp(N, D, F, E, K, kind, dtype):
         "gate_up": torch.randn(E, 2 * F, D) / math.sqrt(D),
         "down": torch.randn(E, D, F) / math.sqrt(F),
     }
-    check(op, inputs, dtype, wide=("weights", "gate_up", "down"))
     check(op, inputs, dtype, wide=("weights",))
 
 
@@ -253,7 +252,7 @@ def test_cross_entropy_ignores_what_it_does_not_score():
 
 def test_twice_gives_the_same_bits():
     routing = make_routing("random", 200, 8, 2)
-    x, gate_up, down = torch.randn(200, 32).bfloat16(), torch.randn(8, 64, 32), torch.randn(8, 32, 32)
+    x, gate_up, down = (torch.randn(shape).bfloat16() for shape in [(200, 32), (8, 64, 32), (8, 32, 32)])
 
     def run():
         leaves = [t.clone().requires_grad_() for t in (x, gate_up, down)]

@@ -37,9 +37,9 @@ def expert_mlp_forward(
     y = x.new_empty(len(rows), x.shape[1])
     for e, (start, end) in enumerate(itertools.pairwise(starts)):
         if end > start:
-            h = torch.mm(rows[start:end], gate_up[e].to(x.dtype).t(), out=hidden[start:end] if keep else None)
+            h = torch.mm(rows[start:end], gate_up[e].t(), out=hidden[start:end] if keep else None)
             gate, up = h.chunk(2, dim=1)
-            torch.mm(functional.silu(gate).mul_(up), down[e].to(x.dtype).t(), out=y[start:end])
+            torch.mm(functional.silu(gate).mul_(up), down[e].t(), out=y[start:end])
     return combine(y, weights, row_of_slot), hidden, y
 
 
@@ -47,8 +47,7 @@ def expert_mlp_backward(
     grad: Tensor, x: Tensor, weights: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor,
     hidden: Tensor, y: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x (N, D), weights (N, K) float32, gate_up (E, 2F, D) and down (E, D, F), the last two in the
-    weights' own dtype.
+    """Gradients of x (N, D), weights (N, K) float32, gate_up (E, 2F, D) and down (E, D, F).
 
     Router weights scale rows of width D only: the chain through SwiGLU runs unscaled, and its two ends are scaled.
     """
@@ -67,16 +66,16 @@ def expert_mlp_backward(
             grad_down[e].zero_()
             continue
         gate, up = hidden[start:end].chunk(2, dim=1)
-        grad_act = grad_y[start:end] @ down[e].to(x.dtype)
+        grad_act = grad_y[start:end] @ down[e]
         grad_hidden = x.new_empty(end - start, 2 * F)
         grad_gate, grad_up = grad_hidden.chunk(2, dim=1)
         act = functional.silu(gate)
         torch.mul(grad_act, act, out=grad_up)
         act.mul_(up)
         torch.ops.aten.silu_backward.grad_input(grad_act.mul_(up), gate, grad_input=grad_gate)
-        grad_down[e] = scaled_grad_y[start:end].t() @ act
-        grad_gate_up[e] = grad_hidden.t() @ scaled_rows[start:end]
-        torch.mm(grad_hidden, gate_up[e].to(x.dtype), out=grad_rows[start:end])
+        torch.mm(scaled_grad_y[start:end].t(), act, out=grad_down[e])
+        torch.mm(grad_hidden.t(), scaled_rows[start:end], out=grad_gate_up[e])
+        torch.mm(grad_hidden, gate_up[e], out=grad_rows[start:end])
     grad_x = combine(grad_rows, weights, row_of_slot)
     grad_weights = (y.index_select(0, row_of_slot).view(N, K, D) * grad[:, None]).sum(2, dtype=torch.float32)
     return grad_x, grad_weights, grad_gate_up, grad_down

@@ -10,8 +10,8 @@ def expert_mlp(
     x32, out = x.float(), torch.zeros_like(x, dtype=torch.float32)
     for e in range(gate_up.shape[0]):
         weight_of_token = (weights * (experts == e)).sum(1)
-        gate, up = (x32 @ gate_up[e].to(x.dtype).float().T).chunk(2, dim=-1)
-        y = (F.silu(gate) * up) @ down[e].to(x.dtype).float().T
+        gate, up = (x32 @ gate_up[e].float().T).chunk(2, dim=-1)
+        y = (F.silu(gate) * up) @ down[e].float().T
         chosen = (experts == e).any(1, keepdim=True)
         out = out + torch.where(chosen, weight_of_token[:, None] * y, 0.0)
     return out.to(x.dtype)

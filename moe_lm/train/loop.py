@@ -14,9 +14,10 @@ from moe_lm.bench import machine
 from moe_lm.checkpoint.directory import checkpoints, publish
 from moe_lm.checkpoint.hf import load_state, save_hf
 from moe_lm.checkpoint.train_state import load_train_state, save_train_state
-from moe_lm.config import ConfigError, RunConfig
+from moe_lm.config import RunConfig
 from moe_lm.data import PreparedData
 from moe_lm.model import Losses, Transformer
+from moe_lm.model.device import choose_device
 from moe_lm.scaling.counts import train_flops_per_token
 from moe_lm.train.evaluate import Evaluation, evaluate
 from moe_lm.train.metrics import MetricsLog, ProgressLine
@@ -33,7 +34,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, run_dir: Path, data: PreparedData):
         self.config, self.run_dir, self.data = config, run_dir, data
-        self.device = torch.device(choose_device(config.train.device))
+        self.device = choose_device(config.train.device)
         self.dtype = choose_dtype(config.train.dtype, self.device)
         torch.manual_seed(config.train.seed)
         self.model = Transformer(config.model, compute_dtype=self.dtype).reset_parameters().to(self.device)
@@ -206,21 +207,6 @@ class Trainer:
 def evaluation_text(step: int, evaluation: Evaluation) -> str:
     parts = ", ".join(f"{name} {value:.3f}" for name, value in evaluation.by_source.items())
     return f"step {step}: held-out bits per byte {evaluation.bits_per_byte:.3f} ({parts})"
-
-
-def choose_device(name: str) -> str:
-    """`auto` is a GPU where there is one. Raises ConfigError for a device that is not there."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    if kind == "cpu" and not index:
-        return name
-    if kind != "cuda" or (index and not index.isdigit()):
-        raise ConfigError(f"train.device = {name!r} is not a device; write auto, cpu, cuda or cuda:N.")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if int(index or 0) >= count:
-        raise ConfigError(f"train.device = {name!r} is not there: torch sees {count} CUDA devices; use auto or cpu.")
-    return name
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

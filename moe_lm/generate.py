@@ -1,0 +1,90 @@
+"""Continue a prompt on the terminal, with or without a draft model.
+
+    python -m moe_lm.generate runs/nano --prompt "def main("
+    python -m moe_lm.generate runs/nano --draft runs/nano/draft --prompt "def main(" --temperature 0
+
+MODEL and DRAFT are run directories (their newest checkpoint), checkpoints, or Hugging Face model directories.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from moe_lm.cli import Parser, run_main
+from moe_lm.config import ConfigError
+
+
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("model", metavar="MODEL", help="the model's directory")
+    parser.add_argument("--prompt", default="", help="text to continue; nothing starts a document")
+    parser.add_argument("--draft", help="a draft model with the same tokenizer, for speculative decoding")
+    parser.add_argument("--draft-tokens", type=int, default=4, help="tokens per draft (default %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=128, help="most new tokens (default %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default %(default)s)")
+    parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens up to this probability")
+    parser.add_argument("--min-p", type=float, default=0.0, help="keep tokens of this share of the likeliest one's")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 avoids tokens seen before")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default %(default)s)")
+    parser.add_argument("--stop", action="append", default=[], help="end before this text; may be given several times")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the computation; the model's own")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default %(default)s)")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args = make_parser().parse_args(argv)
+    import torch
+
+    from kernels.cpu.process import tune_process
+    from moe_lm import load, load_tokenizer
+    from moe_lm.checkpoint import resolve_model_dir
+    from moe_lm.data.tokenizer import end_of_text_id
+    from moe_lm.engine import Generator, SamplingParams, TextStream
+    from moe_lm.model.device import choose_device
+
+    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    params = SamplingParams(**{name: getattr(args, name) for name in names})
+    device, dtype = choose_device(args.device), getattr(torch, args.dtype) if args.dtype else None
+    if device.type == "cpu":
+        tune_process()
+    tokenizer = load_tokenizer(args.model)
+    model = load(args.model, dtype=dtype, device=device)
+    draft = load(args.draft, dtype=dtype, device=device) if args.draft else None
+    if draft is not None and load_tokenizer(args.draft).to_str() != tokenizer.to_str():
+        raise ConfigError(f"the draft {args.draft} has another tokenizer than {args.model}: train it with this one.")
+    generator = Generator(model, draft, args.draft_tokens, end_ids(resolve_model_dir(args.model), tokenizer))
+    prompt = tokenizer.encode(args.prompt).ids or [end_of_text_id(tokenizer)]
+    stream, text = generator.stream(prompt, params), TextStream(tokenizer, tuple(args.stop))
+    print(args.prompt, end="", flush=True)
+    try:
+        for tokens in stream:
+            print(text.push(tokens), end="", flush=True)
+            if text.stopped:
+                break
+        print(text.finish())
+    except KeyboardInterrupt:
+        print()
+    print(summary(stream.stats, draft is not None), file=sys.stderr)
+
+
+def end_ids(directory: Path, tokenizer) -> set[int]:
+    """The tokens that end a text: eos_token_id of generation_config.json or config.json, one or several."""
+    for name in ("generation_config.json", "config.json"):
+        if (directory / name).exists():
+            value = json.loads((directory / name).read_text("utf-8")).get("eos_token_id")
+            if value is not None:
+                return set(value) if isinstance(value, list) else {value}
+    return set()
+
+
+def summary(stats, speculative: bool) -> str:
+    line = f"{stats.tokens} tokens, {stats.tokens_per_second:.0f} tokens/s, first after {stats.prompt_seconds:.2f} s"
+    if speculative:
+        line += f", {stats.acceptance:.0%} of drafts accepted, {stats.tokens_per_step:.2f} tokens per step"
+    return line
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,21 @@
+"""Which device a program computes on."""
+
+import torch
+
+from moe_lm.config import ConfigError
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `name` means: `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`.
+
+    Raises ConfigError for a device that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if name != "cpu" and (kind != "cuda" or (index and not index.isdigit())):
+        raise ConfigError(f"device = {name!r} is not a device; write auto, cpu, cuda or cuda:N.")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(index or 0) >= count:
+        raise ConfigError(f"device = {name!r} is not there: torch sees {count} CUDA devices; use auto or cpu.")
+    return torch.device(name)

@@ -1,0 +1,127 @@
+"""A run directory from its config: where it lies, what it is written with, and the model and draft trained into it."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from moe_lm.checkpoint import check_exportable
+from moe_lm.checkpoint.directory import checkpoints, replace_file
+from moe_lm.config import ConfigError, RunConfig, load_config, require, to_toml
+from moe_lm.data import PreparedData, prepare_data
+from moe_lm.model import Transformer
+from moe_lm.scaling.counts import parameters
+from moe_lm.train.loop import Trainer
+
+CONFIG_FILE = "config.toml"
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model at the end of its run, ready for use."""
+
+    run_dir: Path
+    config: RunConfig
+    trainer: Trainer
+    seconds: float
+    """Wall-clock of the training in this process; what was done before a resume is not in it."""
+
+    @property
+    def model(self) -> Transformer:
+        return self.trainer.model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.trainer.data.tokenizer
+
+
+def choose_run_dir(config: RunConfig, config_path: Path) -> Path:
+    """Where a new run is written: what the config says, else runs/ and the file's name, numbered if that is taken.
+
+    Raises ConfigError when the directory that was asked for holds a run already.
+    """
+    if config.run_dir is not None:
+        run_dir = Path(config.run_dir)
+        require(
+            not (run_dir / CONFIG_FILE).exists(),
+            f"run_dir = {run_dir} holds a run already: continue it with --resume {run_dir}, or name another --run-dir.",
+        )
+        return run_dir
+    name, number = config_path.stem, 1
+    while (Path("runs") / name / CONFIG_FILE).exists():
+        number += 1
+        name = f"{config_path.stem}-{number}"
+    return Path("runs") / name
+
+
+def draft_config(config: RunConfig, config_path: Path, run_dir: Path) -> RunConfig | None:
+    """The draft's run: its own file's model and schedule, on the target's data, seed, device and vocabulary.
+
+    The file is named beside the target's, or from the working directory; a resumed run has its own copy. Raises
+    ConfigError when there is no such file.
+    """
+    copy = run_dir / "draft" / CONFIG_FILE
+    if copy.exists():
+        return load_config(copy)
+    if config.draft is None:
+        return None
+    beside = config_path.parent / config.draft
+    draft = load_config(beside if beside.exists() else config.draft)
+    shared = {name: getattr(config.train, name) for name in ("seed", "device", "dtype", "tensorboard")}
+    train = dataclasses.replace(draft.train, steps=min(draft.train.steps, config.train.steps), **shared)
+    model = dataclasses.replace(
+        draft.model,
+        vocab_size=config.model.vocab_size,
+        max_position_embeddings=config.model.max_position_embeddings,
+    )
+    return dataclasses.replace(draft, run_dir=None, draft=None, model=model, data=config.data, train=train)
+
+
+def open_run(run_dir: Path, config: RunConfig, draft: RunConfig | None) -> None:
+    """Make the directories and write the configs, so that the run can be resumed from its first moment."""
+    for folder, settings in ((run_dir, config), (run_dir / "draft", draft)):
+        if settings is not None:
+            try:
+                check_exportable(settings.model)
+                folder.mkdir(parents=True, exist_ok=True)
+                replace_file(folder / CONFIG_FILE, to_toml(dataclasses.replace(settings, run_dir=None)))
+            except OSError as error:
+                raise ConfigError(f"run_dir = {folder} cannot be written: {error.strerror}.") from None
+
+
+def train(config: RunConfig, run_dir: Path, data: PreparedData, say: Callable[[str], None]) -> TrainedModel | None:
+    """Train the model of `config` to its end, from its newest checkpoint if it has one; None if asked to stop before.
+
+    Raises what Trainer.run raises.
+    """
+    counts = parameters(config.model)
+    trainer = Trainer(config, run_dir, data)
+    kind = f"{config.model.num_local_experts} experts, top-{config.model.num_experts_per_tok}"
+    say(
+        f"{run_dir}: {counts.total / 1e6:.1f}M parameters, {counts.active / 1e6:.1f}M active per token "
+        f"({kind if config.model.is_moe else 'dense'}), {config.train.steps} steps in {trainer.dtype} on "
+        f"{trainer.device}" + (f", resumed at step {trainer.step}" if trainer.step else "")
+    )
+    start = time.monotonic()
+    if not trainer.run():
+        say(f"stopped after step {trainer.step}; everything is saved in {checkpoints(run_dir)[-1]}")
+        return None
+    return TrainedModel(run_dir, config, trainer, time.monotonic() - start)
+
+
+def prepare(config: RunConfig, run_dir: Path, say: Callable[[str], None]) -> PreparedData:
+    """The run's data, with the tokenizer of its newest checkpoint if it has one."""
+    from moe_lm.checkpoint import load_tokenizer
+
+    tokenizer = load_tokenizer(run_dir) if checkpoints(run_dir) else None
+    data = prepare_data(config.data, config.model.vocab_size, tokenizer=tokenizer, progress=say)
+    for source in data.sources:
+        if source.train is not None:
+            say(
+                f"{source.name}: {source.train.num_bytes / 1e6:.1f} MB, {source.train.num_tokens / 1e6:.2f}M tokens to "
+                f"train on, {source.validation.num_tokens / 1e3:.0f}k held out"
+            )
+    return data
