@@ -1,7 +1,7 @@
 """From a DataConfig to batches: `prepare_data` tokenizes, `TrainLoader` and validation read.
 
 Training is a line of rows without end. Row i comes from a source that depends on i alone (`Mixture`), and is that
-source's next T tokens; each pass over a source puts its documents in a new order, drawn from (seed, source, pass). So
+source's next one; each pass over a source puts documents and rows in a new order, drawn from (seed, source, pass). So
 where a run stands is a count of rows per source, and any way of cutting the rows into batches gives the same rows.
 """
 
@@ -9,7 +9,7 @@ import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -35,39 +35,51 @@ LONGEST_SAMPLE = 1_000_000
 
 
 class ShuffledRows:
-    """The rows of a tokenized source, pass after pass, each pass with its documents in an order of its own.
+    """The rows of a tokenized source, pass after pass. T tokens in a row.
 
-    The passes form one line, so a row may span the end of one and the start of the next. T tokens in a row.
+    Each pass joins the documents in an order of its own, cuts the line into rows, the last one filled up, and gives
+    the rows in random order: neighbouring rows of one document in one batch would tell the optimizer little.
     """
 
     def __init__(self, split: Split, seed: tuple[int, ...], sequence_length: int):
         self.split, self.seed, self.length = split, seed, sequence_length
-        self.orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.rows_per_pass = count_rows(split.num_tokens, sequence_length)
+        self.orders: dict[int, PassOrder] = {}
 
     def windows(self, first_row: int, rows: int) -> np.ndarray:
         """(rows, T+1) int64: the tokens of `rows` rows from `first_row` on."""
-        starts = (first_row + np.arange(rows, dtype=np.int64)) * self.length
-        passes, offsets = np.divmod(starts[:, None] + np.arange(self.length + 1), self.split.num_tokens)
-        result = np.empty_like(offsets)
-        first, last = int(passes.min()), int(passes.max())
-        self.orders = {number: order for number, order in self.orders.items() if number >= first}
-        for number in range(first, last + 1):
+        passes, places = np.divmod(first_row + np.arange(rows, dtype=np.int64), self.rows_per_pass)
+        result = np.empty((rows, self.length + 1), np.int64)
+        self.orders = {number: order for number, order in self.orders.items() if number >= passes[0]}
+        for number in range(int(passes[0]), int(passes[-1]) + 1):
             where = passes == number
-            shift, ends = self._order(number)
-            document = np.searchsorted(ends, offsets[where], side="right")
-            result[where] = self.split.tokens[offsets[where] + shift[document]]
+            order = self.order(number)
+            offsets = order.rows[places[where], None] * self.length + np.arange(self.length + 1)
+            offsets = np.minimum(offsets, self.split.num_tokens - 1)
+            document = np.searchsorted(order.ends, offsets, side="right")
+            result[where] = self.split.tokens[offsets + order.shift[document]]
         return result
 
-    def _order(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of the documents in the order of pass `number`: how far each one's tokens lie on from where they come in
-        the pass, and where each one ends in it; (documents,) int64."""
+    def order(self, number: int) -> "PassOrder":
         if number not in self.orders:
-            order = np.random.default_rng([*self.seed, number]).permutation(self.split.num_documents)
-            starts = self.split.starts[order]
-            ends = np.cumsum(self.split.starts[order + 1] - starts)
-            begins = np.concatenate([[0], ends[:-1]])
-            self.orders[number] = (starts - begins, ends)
+            random = np.random.default_rng([*self.seed, number])
+            documents = random.permutation(self.split.num_documents)
+            starts = self.split.starts[documents]
+            ends = np.cumsum(self.split.starts[documents + 1] - starts)
+            shift = starts - np.concatenate([[0], ends[:-1]])
+            self.orders[number] = PassOrder(shift, ends, random.permutation(self.rows_per_pass))
         return self.orders[number]
+
+
+class PassOrder(NamedTuple):
+    """Where the tokens of one pass come from; int64 arrays."""
+
+    shift: np.ndarray
+    """(documents,) in the order of the pass: how far each one's tokens lie on from where they come in the pass."""
+    ends: np.ndarray
+    """(documents,) where each one ends in the pass."""
+    rows: np.ndarray
+    """(rows,) the order in which the pass gives its rows."""
 
 
 class TrainLoader:

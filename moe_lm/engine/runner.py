@@ -7,10 +7,10 @@ from moe_lm.engine.cache import KVCache
 from moe_lm.model import Transformer
 
 ROWS = 8
-"""Every forward pass has a multiple of this many rows, so that one new token and a draft of up to 8 go through matrix
-products of one shape: on a CPU a token's float32 logits then have the same bits either way."""
+"""Tokens whose logits are wanted go through the model in passes of this many rows, short ones filled up: one new token
+and a draft to verify then meet matrix products of one shape, which give a token's float32 logits the same bits."""
 PREFILL_ROWS = 256
-"""Most tokens in one forward pass."""
+"""Rows in one pass over a prompt, of which only the last token's logits are wanted."""
 
 
 class Runner:
@@ -34,14 +34,18 @@ class Runner:
     def forward(self, tokens: list[int], last: int = 1) -> Tensor:
         """Append tokens; logits float32 (last, V) after each of the final `last` of them."""
         assert 1 <= last <= len(tokens)
-        start = 0
-        while len(tokens) - start > PREFILL_ROWS:
-            # The final pass must hold all rows whose logits are wanted.
-            end = min(start + PREFILL_ROWS, len(tokens) - last)
-            self.step(tokens[start:end])
-            start = end
-        n = len(tokens) - start
-        return self.model.logits(self.step(tokens[start:])[n - last : n])
+        most = PREFILL_ROWS if last == 1 else ROWS
+        logits = []
+        for start in range(0, len(tokens), most):
+            part = tokens[start : start + most]
+            wanted = len(part) - max(0, len(tokens) - last - start)
+            states = self.step(part)
+            if wanted > 0:
+                # Whole blocks of rows here too: the projection must not see a shape that depends on `last`.
+                first = len(part) - wanted
+                block = first // ROWS * ROWS
+                logits.append(self.model.logits(states[block:])[first - block : len(part) - block])
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
 
     def step(self, tokens: list[int]) -> Tensor:
         """One forward pass: normed states (rows, D), the first len(tokens) of them meaningful."""
