@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from moe_lm.cli import Parser, parse_run_config, run_main
-from moe_lm.config import ConfigError
+from moe_lm.config import ConfigError, require
 
 ROOT = Path(__file__).resolve().parent
 
@@ -25,6 +25,9 @@ def main(argv: list[str]) -> int:
     resume = resumed_run(argv)
     default = ROOT / "configs" / "nano.toml" if resume is None else resume / "config.toml"
     config, args = parse_run_config(argv, __doc__, default, add_options)
+    if resume is not None:
+        own = config.run_dir is None and args.config_path == default
+        require(own, f"--resume {resume} goes on with the config in it: leave out CONFIG and --run-dir.")
 
     # Only now what costs seconds to import, so that --help and mistakes answer at once.
     from kernels.cpu.process import tune_process

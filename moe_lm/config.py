@@ -223,6 +223,8 @@ class TrainConfig:
     """Most tokens in one forward and backward; a larger batch accumulates gradients over several."""
     learning_rate: float = 2e-3
     """Peak of the schedule."""
+    embedding_learning_rate_ratio: float = 1.0
+    """Learning rate of the token table as a multiple of the other weights': a row of it meets few tokens a step."""
     min_learning_rate_ratio: float = 0.05
     """Learning rate of the last step as a share of the peak."""
     warmup: float = 0.06
@@ -255,7 +257,7 @@ class TrainConfig:
 
     def __post_init__(self):
         require_positive(self, "steps", "batch_tokens", "micro_batch_tokens", section="train.")
-        require_positive(self, "learning_rate", "adam_eps", section="train.")
+        require_positive(self, "learning_rate", "embedding_learning_rate_ratio", "adam_eps", section="train.")
         require_positive(self, "eval_every", "eval_tokens", "log_every", section="train.")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)

@@ -9,37 +9,20 @@ are medians over prompts and repeats, the speed-up is the median of the pairs' r
 import dataclasses
 import json
 import statistics
-from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
 from moe_lm.engine import Generator, SamplingParams, Stats
 from moe_lm.model import Transformer
+from moe_lm.train.report import SpeculationRow
 
 PROMPTS = ("def main(", "class ", "import os\n")
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What a draft is worth under one way of sampling."""
-
-    sampling: str
-    plain_tokens_per_s: float
-    speculative_tokens_per_s: float
-    speedup: float
-    """Median over pairs of speculative by plain rate."""
-    acceptance: float
-    """Share of drafted tokens that stood."""
-    tokens_per_step: float
-    """New tokens per forward pass of the target."""
-    accepted_at: tuple[float, ...]
-    """Acceptance by place in the draft, of the drafts that were verified up to there."""
 
 
 def compare(
     model: Transformer, draft: Transformer, tokenizer: Tokenizer, prompts: tuple[str, ...], params: SamplingParams,
     draft_tokens: int = 4, repeats: int = 3,
-) -> Comparison:  # fmt: skip
+) -> SpeculationRow:  # fmt: skip
     """Continue every prompt `repeats` times both ways, each pair with a seed of its own; never stops early."""
     generators = {"plain": Generator(model), "speculative": Generator(model, draft, draft_tokens)}
     stats: dict[str, list[Stats]] = {name: [] for name in generators}
@@ -61,7 +44,7 @@ def compare(
         return sum(count[place] for count in counts if place < len(count))
 
     reached = [total("proposed_at", 0), *(total("accepted_at", place) for place in range(places))]
-    return Comparison(
+    return SpeculationRow(
         sampling="greedy" if params.temperature == 0 else f"temperature {params.temperature:g}",
         plain_tokens_per_s=statistics.median(rates["plain"]),
         speculative_tokens_per_s=statistics.median(rates["speculative"]),
@@ -72,13 +55,13 @@ def compare(
     )
 
 
-def as_table(comparisons: list[Comparison]) -> str:
+def as_table(rows: list[SpeculationRow]) -> str:
     """The comparisons as lines of text."""
     lines = [f"{'':18}{'plain':>10}{'with draft':>12}{'speed-up':>10}{'accepted':>10}{'tokens/step':>13}"]
     lines += [
         f"{row.sampling:18}{row.plain_tokens_per_s:>10.0f}{row.speculative_tokens_per_s:>12.0f}"
         f"{row.speedup:>9.2f}x{row.acceptance:>10.0%}{row.tokens_per_step:>13.2f}"
-        for row in comparisons
+        for row in rows
     ]
     return "\n".join([*lines, "(tokens per second at batch 1, medians)"])
 

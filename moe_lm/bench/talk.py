@@ -9,7 +9,7 @@ import torch
 
 from moe_lm import __version__, load
 from moe_lm.bench import machine
-from moe_lm.bench.speculation import Comparison, as_table, compare
+from moe_lm.bench.speculation import as_table, compare
 from moe_lm.config import RunConfig
 from moe_lm.data.tokenizer import end_of_text_id
 from moe_lm.engine import Generator, SamplingParams
@@ -31,7 +31,7 @@ def talk(run_dir: Path, config: RunConfig, trained: list[TrainedModel], command:
         result = generator.generate(tokenizer.encode(prompt).ids, params)
         samples.append(Sample(prompt, tokenizer.decode(result.tokens), result.finish_reason))
         print(f"\n--- {prompt!r}\n{prompt}{samples[-1].text}")
-    rows: list[Comparison] = []
+    rows: list[SpeculationRow] = []
     if draft is not None:
         temperatures = dict.fromkeys((0.0, sample.temperature))
         rows = [
@@ -51,7 +51,7 @@ def talk(run_dir: Path, config: RunConfig, trained: list[TrainedModel], command:
         gemm_gflops=machine.gemm_rate(device, trained[0].trainer.dtype) / 1e9,
         models=tuple(map(model_facts, ("model", "draft"), trained)),
         samples=tuple(samples),
-        speculation=tuple(SpeculationRow(**vars(row)) for row in rows),
+        speculation=tuple(rows),
         warnings=warnings(trained),
     )
     markdown, page = write_report(run_dir, config, facts)

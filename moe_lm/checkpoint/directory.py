@@ -48,6 +48,7 @@ def publish(run_dir: Path, step: int, write: Callable[[Path], None], keep: int) 
     for old in checkpoints(run_dir)[:-keep]:
         beside = parent / f"{UNFINISHED}{old.name}"
         old.rename(beside)
+        flush(parent)
         shutil.rmtree(beside)
     return final
 

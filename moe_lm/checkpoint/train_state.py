@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from moe_lm.config import ConfigError, require
 
 FORMAT = 1
 
@@ -29,15 +31,18 @@ def save_train_state(directory: Path, model: nn.Module, optimizer: Optimizer, pr
 def load_train_state(directory: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Put optimizer and random numbers back, and return what was saved as `progress`.
 
-    Raises ValueError when the directory holds no state, or that of another model.
+    Raises ConfigError, before anything is changed, when the directory holds no state, or that of another model.
     """
     folder = directory / "train_state"
     if not (folder / "progress.json").exists():
-        raise ValueError(f"{directory} holds weights but no train_state/: it can be loaded, not resumed.")
+        raise ConfigError(f"{directory} holds weights but no train_state/: it can be loaded, not resumed.")
     progress = json.loads((folder / "progress.json").read_text("utf-8"))
-    if progress["format"] != FORMAT:
-        raise ValueError(f"{folder} has format {progress['format']}; this version reads format {FORMAT} only.")
+    require(
+        progress["format"] == FORMAT,
+        f"{folder} has format {progress['format']}; this version reads format {FORMAT} only.",
+    )
     tensors = load_file(folder / "state.safetensors")
+    check_names(folder, tensors, model)
     torch.set_rng_state(tensors.pop("rng/cpu"))
     if "rng/cuda" in tensors:
         cuda_state = tensors.pop("rng/cuda")
@@ -45,10 +50,33 @@ def load_train_state(directory: Path, model: nn.Module, optimizer: Optimizer) ->
             torch.cuda.set_rng_state(cuda_state)
     parameters = dict(model.named_parameters())
     for path, value in tensors.items():
-        name, _, key = path.removeprefix("optimizer/").rpartition("/")
-        if name not in parameters:
-            raise ValueError(f"{folder} holds the optimizer state of {name}, which this model does not have.")
-        parameter = parameters[name]
+        name, key = parameter_and_key(path)
         # Fused AdamW counts its steps on the parameter's device.
-        optimizer.state[parameter][key] = value.to(parameter.device)
+        optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
     return progress
+
+
+def parameter_and_key(path: str) -> tuple[str, str]:
+    """The parameter and the entry of its optimizer state that the tensor `optimizer/NAME/KEY` is."""
+    name, _, key = path.removeprefix("optimizer/").rpartition("/")
+    return name, key
+
+
+def check_names(folder: Path, tensors: dict[str, Tensor], model: nn.Module) -> None:
+    """Raise ConfigError where the optimizer state is not that of `model`; before the first step there is none."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    held = set()
+    for path, value in tensors.items():
+        if not path.startswith("optimizer/"):
+            continue
+        name, _ = parameter_and_key(path)
+        require(name in shapes, f"{folder} holds the optimizer state of {name}, which this model does not have.")
+        require(
+            value.dim() == 0 or value.shape == shapes[name],
+            f"{folder} holds the optimizer state of {name} for shape {list(value.shape)}, and this model's is "
+            f"{list(shapes[name])}.",
+        )
+        held.add(name)
+    if held:
+        missing = [name for name in shapes if name not in held]
+        require(not missing, f"{folder} lacks the optimizer state of {', '.join(missing[:3])}, which this model has.")

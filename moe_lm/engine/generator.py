@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from random import Random
 
 import torch
 
@@ -109,7 +110,7 @@ class Stream:
         self.sequence, self.prompt_length = list(prompt), len(prompt)
         self.target = Runner(generator.model, total)
         self.draft = Runner(generator.draft, total) if generator.draft else None
-        self.uniforms = torch.Generator().manual_seed(params.seed)
+        self.random = Random(params.seed)
         self.stats, self.finish_reason = Stats(), ""
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -175,4 +176,4 @@ class Stream:
                 counts[i] += 1
 
     def uniform(self) -> float:
-        return torch.rand((), generator=self.uniforms, dtype=torch.float64).item()
+        return self.random.random()

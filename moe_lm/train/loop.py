@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moe_lm.bench import machine
-from moe_lm.checkpoint.directory import checkpoints, publish
+from moe_lm.checkpoint.directory import checkpoints, publish, step_of
 from moe_lm.checkpoint.hf import load_state, save_hf
 from moe_lm.checkpoint.train_state import load_train_state, save_train_state
 from moe_lm.config import RunConfig
@@ -26,7 +26,7 @@ from moe_lm.train.schedule import batch_rows, learning_rate
 
 
 class NotFinite(RuntimeError):
-    """The loss or the gradient of a step is infinite or not a number; the weights are those before the step."""
+    """A loss or gradient is infinite or not a number. The step was not taken; if evaluating, it was not saved."""
 
 
 class Trainer:
@@ -36,13 +36,18 @@ class Trainer:
         self.config, self.run_dir, self.data = config, run_dir, data
         self.device = choose_device(config.train.device)
         self.dtype = choose_dtype(config.train.dtype, self.device)
+        # Measured before the seed counts: it draws random numbers, which a resumed run would draw at another step.
+        self.gemm_rate = machine.gemm_rate(self.device, self.dtype)
         torch.manual_seed(config.train.seed)
         self.model = Transformer(config.model, compute_dtype=self.dtype).reset_parameters().to(self.device)
         self.optimizer = make_optimizer(self.model, config.train)
         self.loader = data.train_loader(config.train.seed, config.data.sequence_length)
         self.flops_per_token = train_flops_per_token(config.model, config.data.sequence_length)
         self.step = self.tokens = 0
+        self.seconds = 0.0
+        """Wall-clock of the run; of what was done before a resume, that up to the checkpoint."""
         self.evaluation: Evaluation | None = None
+        """That of the weights as they are, None where these have not been evaluated."""
         self.stop_requested = False
         self.resume()
 
@@ -54,7 +59,7 @@ class Trainer:
         load_state(found[-1], self.model)
         progress = load_train_state(found[-1], self.model, self.optimizer)
         self.loader.load_state_dict(progress["loader"])
-        self.step, self.tokens = progress["step"], progress["tokens"]
+        self.step, self.tokens, self.seconds = progress["step"], progress["tokens"], progress["seconds"]
         if progress["evaluation"] is not None:
             self.evaluation = Evaluation(**progress["evaluation"])
 
@@ -63,10 +68,11 @@ class Trainer:
         return self.step >= self.config.train.steps
 
     def run(self) -> bool:
-        """Train to the last step, or until SIGINT or SIGTERM ask to stop; True when the last step is done.
+        """Train to the last step, or until SIGINT or SIGTERM ask to stop; False when they did.
 
         Either way the end is saved. Raises NotFinite, leaving the last good checkpoint the newest.
         """
+        begun = time.monotonic() - self.seconds
         config = self.config
         log = MetricsLog(self.run_dir, self.step, config.train.tensorboard)
         line = ProgressLine(config.train.steps, self.step)
@@ -81,11 +87,16 @@ class Trainer:
                     if self.due(config.train.log_every):
                         log.write(metrics)
                     line.show(metrics, last=self.finished or self.stop_requested)
-                    if self.due(config.checkpoint.every) or self.stop_requested:
+                    self.seconds = time.monotonic() - begun
+                    if self.due(config.checkpoint.every):
                         self.save()
+                if self.finished and self.evaluation is None:  # the end was moved to a step that is already done
+                    self.evaluate()
+                self.save()  # which does nothing where that is done
         finally:
+            line.close()
             log.close()
-        return self.finished
+        return not self.stop_requested
 
     def due(self, every: int) -> bool:
         return self.step % every == 0 or self.finished
@@ -96,7 +107,7 @@ class Trainer:
         train = self.config.train
         rate = learning_rate(train, self.step + 1)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_ratio"]
         batches = self.micro_batches()
         num_targets = sum(batch.num_targets for batch in batches)
         parts = []
@@ -112,10 +123,11 @@ class Trainer:
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit, foreach=True)
         metrics = self.collect(parts, num_targets, sum(batch.num_bytes for batch in batches))
         metrics["grad_norm"] = grad_norm.item()
-        self.check_finite(metrics)
+        self.check_finite(self.step + 1, metrics, "loss", "aux_loss", "z_loss", "grad_norm")
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
+        self.evaluation = None
         tokens = sum(batch.tokens.numel() for batch in batches)
         self.tokens += tokens
         speed = tokens / (time.perf_counter() - start)
@@ -125,7 +137,7 @@ class Trainer:
             **metrics,
             "learning_rate": rate,
             "tokens_per_s": speed,
-            "mfu": speed * self.flops_per_token / machine.gemm_rate(self.device, self.dtype),
+            "mfu": speed * self.flops_per_token / self.gemm_rate,
         }
 
     def micro_batches(self) -> list:
@@ -154,23 +166,26 @@ class Trainer:
             "dead_experts": int((counts == 0).sum()),
         }
 
-    def check_finite(self, metrics: dict[str, Any]) -> None:
-        for name in ("loss", "aux_loss", "z_loss", "grad_norm"):
+    def check_finite(self, step: int, metrics: dict[str, Any], *names: str) -> None:
+        for name in names:
             if not math.isfinite(metrics[name]):
+                saved = checkpoints(self.run_dir)
+                newest = f"its newest checkpoint is of step {step_of(saved[-1])}" if saved else "it has no checkpoint"
                 raise NotFinite(
-                    f"step {self.step + 1}: {name} = {metrics[name]}; nothing was changed or saved since step "
-                    f"{self.step}. Lower train.learning_rate = {self.config.train.learning_rate}, or resume from the "
-                    f"last checkpoint in {self.run_dir}."
+                    f"step {step}: {name} = {metrics[name]}, so {self.run_dir} stops and {newest}: go on with a "
+                    f"train.learning_rate below {self.config.train.learning_rate}."
                 )
 
     def evaluate(self) -> dict[str, Any]:
         tokens = self.config.train.eval_tokens * (4 if self.finished else 1)
         self.evaluation = evaluate(self.model, self.data, self.config, tokens)
-        return {
+        metrics = {
             "val_bits_per_byte": self.evaluation.bits_per_byte,
             "val_bits_per_byte_by_source": self.evaluation.by_source,
             "val_dead_experts": self.evaluation.dead_experts,
         }
+        self.check_finite(self.step, metrics, "val_bits_per_byte")
+        return metrics
 
     def save(self) -> Path:
         def write(directory: Path) -> None:
@@ -178,6 +193,7 @@ class Trainer:
             progress = {
                 "step": self.step,
                 "tokens": self.tokens,
+                "seconds": self.seconds,
                 "loader": self.loader.state_dict(),
                 "evaluation": vars(self.evaluation) if self.evaluation else None,
             }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from moe_lm.checkpoint.directory import replace_file
+from moe_lm.config import ConfigError
 
 
 class MetricsLog:
@@ -54,7 +55,7 @@ def open_tensorboard(run_dir: Path, after: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ValueError(
+        raise ConfigError(
             "train.tensorboard = true needs the tensorboard package: pip install 'moe-lm[tensorboard]'."
         ) from None
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=after + 1)
@@ -69,6 +70,7 @@ class ProgressLine:
         self.interval = 0.2 if self.live else quiet_seconds
         self.start = time.monotonic()
         self.shown = -math.inf
+        self.unended = False
 
     def show(self, metrics: dict[str, Any], last: bool = False) -> None:
         now = time.monotonic()
@@ -79,14 +81,20 @@ class ProgressLine:
         eta = (now - self.start) / done * (self.steps - metrics["step"])
         text = progress_text(metrics, self.steps, eta)
         self.stream.write(f"\r\x1b[2K{text}" if self.live else f"{text}\n")
-        if self.live and last:
-            self.stream.write("\n")
+        self.unended = self.live
         self.stream.flush()
 
     def note(self, text: str) -> None:
         """A line that stays, above the live one."""
         self.stream.write(f"\r\x1b[2K{text}\n" if self.live else f"{text}\n")
+        self.unended = False
         self.stream.flush()
+
+    def close(self) -> None:
+        """Leave the live line as it is; what is printed next begins below it."""
+        if self.unended:
+            self.stream.write("\n")
+            self.stream.flush()
 
 
 def progress_text(metrics: dict[str, Any], steps: int, eta: float) -> str:

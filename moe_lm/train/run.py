@@ -1,7 +1,6 @@
 """A run directory from its config: where it lies, what it is written with, and the model and draft trained into it."""
 
 import dataclasses
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,6 @@ class TrainedModel:
     run_dir: Path
     config: RunConfig
     trainer: Trainer
-    seconds: float
-    """Wall-clock of the training in this process; what was done before a resume is not in it."""
 
     @property
     def model(self) -> Transformer:
@@ -36,6 +33,11 @@ class TrainedModel:
     @property
     def tokenizer(self) -> Tokenizer:
         return self.trainer.data.tokenizer
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock of the training, that before a resume included."""
+        return self.trainer.seconds
 
 
 def choose_run_dir(config: RunConfig, config_path: Path) -> Path:
@@ -81,15 +83,23 @@ def draft_config(config: RunConfig, config_path: Path, run_dir: Path) -> RunConf
 
 
 def open_run(run_dir: Path, config: RunConfig, draft: RunConfig | None) -> None:
-    """Make the directories and write the configs, so that the run can be resumed from its first moment."""
+    """Make the directories and write the configs that are not there, so that the run can be resumed from the start.
+
+    Raises ConfigError for a model that cannot be saved and for a directory that cannot be written.
+    """
     for folder, settings in ((run_dir, config), (run_dir / "draft", draft)):
         if settings is not None:
-            try:
-                check_exportable(settings.model)
-                folder.mkdir(parents=True, exist_ok=True)
-                replace_file(folder / CONFIG_FILE, to_toml(dataclasses.replace(settings, run_dir=None)))
-            except OSError as error:
-                raise ConfigError(f"run_dir = {folder} cannot be written: {error.strerror}.") from None
+            check_exportable(settings.model)
+            if not (folder / CONFIG_FILE).exists():
+                write_config(folder, settings)
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / CONFIG_FILE, to_toml(dataclasses.replace(config, run_dir=None)))
+    except OSError as error:
+        raise ConfigError(f"run_dir = {folder} cannot be written: {error.strerror}.") from None
 
 
 def train(config: RunConfig, run_dir: Path, data: PreparedData, say: Callable[[str], None]) -> TrainedModel | None:
@@ -99,17 +109,17 @@ def train(config: RunConfig, run_dir: Path, data: PreparedData, say: Callable[[s
     """
     counts = parameters(config.model)
     trainer = Trainer(config, run_dir, data)
+    write_config(run_dir, config)  # resumed, a run may have new settings: now they are known to fit its checkpoint
     kind = f"{config.model.num_local_experts} experts, top-{config.model.num_experts_per_tok}"
     say(
         f"{run_dir}: {counts.total / 1e6:.1f}M parameters, {counts.active / 1e6:.1f}M active per token "
         f"({kind if config.model.is_moe else 'dense'}), {config.train.steps} steps in {trainer.dtype} on "
         f"{trainer.device}" + (f", resumed at step {trainer.step}" if trainer.step else "")
     )
-    start = time.monotonic()
     if not trainer.run():
         say(f"stopped after step {trainer.step}; everything is saved in {checkpoints(run_dir)[-1]}")
         return None
-    return TrainedModel(run_dir, config, trainer, time.monotonic() - start)
+    return TrainedModel(run_dir, config, trainer)
 
 
 def prepare(config: RunConfig, run_dir: Path, say: Callable[[str], None]) -> PreparedData:
