@@ -146,7 +146,7 @@ def expert_mlp_forward(
     x: Tensor, weights: Tensor, experts: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     module = implementation("expert_mlp", x, weights, experts, order, offsets, gate_up, down)
-    return module.expert_mlp_forward(x, weights, order, offsets, gate_up, down, keep=True)
+    return module.expert_mlp_forward(x, weights, experts, order, offsets, gate_up, down, keep=True)
 
 
 @expert_mlp_forward.register_fake
@@ -162,7 +162,7 @@ def expert_mlp_backward(
     down: Tensor, hidden: Tensor, y: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     module = implementation("expert_mlp", x, weights, experts, order, offsets, gate_up, down)
-    return module.expert_mlp_backward(grad, x, weights, order, offsets, gate_up, down, hidden, y)
+    return module.expert_mlp_backward(grad, x, weights, experts, order, offsets, gate_up, down, hidden, y)
 
 
 @expert_mlp_backward.register_fake

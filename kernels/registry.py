@@ -62,13 +62,14 @@ def select(op: str, args: tuple[Any, ...]) -> str:
         if reason:
             raise ValueError(f"{op}: the backend {forced!r} that use_backend asks for cannot run: it {reason}.")
         return forced
-    device = device_of(args).type
     reasons = []
-    for backend in BACKENDS.get(device, ("reference",)):
-        reason = reason_against(backend, op, args)
-        if reason is None:
-            if backend == "reference" and reasons:
+    for backend in BACKENDS.get(device_of(args).type, ("reference",)):
+        if backend == "reference":
+            if reasons:
                 _warn_once(f"{op} runs on its plain reference: " + "; ".join(reasons) + ".")
+            return backend
+        reason = module(backend, op).unsupported(*args)
+        if reason is None:
             return backend
         reasons.append(f"{backend} {reason}")
     raise AssertionError("the reference supports everything")
@@ -96,6 +97,8 @@ def needs_custom_op(args: tuple[Any, ...]) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
+    if torch.is_inference_mode_enabled() and type(args[0]) is torch.Tensor:
+        return False
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return True

@@ -175,11 +175,12 @@ def test_none_unsets_what_the_file_sets(tmp_path):
         run_dir="runs/x",
         draft="draft.toml",
         model=ModelConfig(rope_scaling=RopeScaling(factor=2.0), moe_intermediate_size=64),
-        train=TrainConfig(batch_tokens_start=4096),
+        train=TrainConfig(batch_tokens_start=4096, batch_ramp_steps=9),
     )
     path.write_text(to_toml(config), "utf-8")
     names = ["run_dir", "draft", "model.rope_scaling", "model.moe_intermediate_size", "train.batch_tokens_start"]
-    assert parse(path, *(token for name in names for token in (f"--{name}", "none"))) == RunConfig()
+    unset = [token for name in names for token in (f"--{name}", "none")]
+    assert parse(path, *unset, "--train.batch_ramp_steps", "0") == RunConfig()
 
 
 def test_head_dim_follows_the_override(config_file):

@@ -24,14 +24,15 @@ def unsupported(
 def expert_mlp(
     x: Tensor, weights: Tensor, experts: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
-    return expert_mlp_forward(x, weights, order, offsets, gate_up, down, keep=False)[0]
+    return expert_mlp_forward(x, weights, experts, order, offsets, gate_up, down, keep=False)[0]
 
 
 def expert_mlp_forward(
-    x: Tensor, weights: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weights: Tensor, experts: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Output (N, D), and with `keep` what the backward needs: pre-activations (R, 2F) and expert outputs (R, D)."""
-    tokens, row_of_slot, starts = place_slots(order, offsets, weights.shape[1])
+    tokens, row_of_slot, starts = place_slots(experts, order, offsets)
     rows = x.index_select(0, tokens)
     hidden = x.new_empty(len(rows), gate_up.shape[1]) if keep else x.new_empty(0, gate_up.shape[1])
     y = x.new_empty(len(rows), x.shape[1])
@@ -44,8 +45,8 @@ def expert_mlp_forward(
 
 
 def expert_mlp_backward(
-    grad: Tensor, x: Tensor, weights: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor,
-    hidden: Tensor, y: Tensor,
+    grad: Tensor, x: Tensor, weights: Tensor, experts: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor,
+    down: Tensor, hidden: Tensor, y: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x (N, D), weights (N, K) float32, gate_up (E, 2F, D) and down (E, D, F).
 
@@ -53,7 +54,7 @@ def expert_mlp_backward(
     """
     N, K = weights.shape
     D, F = x.shape[1], down.shape[2]
-    tokens, row_of_slot, starts = place_slots(order, offsets, K)
+    tokens, row_of_slot, starts = place_slots(experts, order, offsets)
     weight_of_row = x.new_zeros(len(tokens), 1)
     weight_of_row[row_of_slot] = weights.view(-1, 1).to(x.dtype)
     rows, grad_y = x.index_select(0, tokens), grad.index_select(0, tokens)
@@ -81,21 +82,18 @@ def expert_mlp_backward(
     return grad_x, grad_weights, grad_gate_up, grad_down
 
 
-def place_slots(order: Tensor, offsets: Tensor, top_k: int) -> tuple[Tensor, Tensor, list[int]]:
+def place_slots(experts: Tensor, order: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     """Where every slot's row goes.
 
     Returns the token of every padded row (R,) int64, the row of every slot (N * K,) int64, and the start of each
     expert's region with their total R as last entry.
     """
     bounds = offsets.tolist()
-    counts = [end - start for start, end in itertools.pairwise(bounds)]
-    starts, _ = padded_layout(counts)
-    shift = torch.tensor([start - bound for start, bound in zip(starts, bounds, strict=True)][:-1])
-    row_of_sorted = torch.arange(len(order)) + shift.repeat_interleave(torch.tensor(counts))
-    tokens = torch.zeros(starts[-1], dtype=torch.int64)
-    tokens[row_of_sorted] = order // top_k
-    row_of_slot = torch.empty_like(order)
-    row_of_slot[order] = row_of_sorted
+    starts, _ = padded_layout([end - start for start, end in itertools.pairwise(bounds)])
+    shift = torch.tensor([start - bound for start, bound in zip(starts, bounds, strict=True)])
+    slots = torch.arange(len(order))
+    row_of_slot = torch.empty_like(order).index_copy_(0, order, slots).add_(shift[experts.view(-1)])
+    tokens = torch.zeros(starts[-1], dtype=torch.int64).index_copy_(0, row_of_slot, slots // experts.shape[1])
     return tokens, row_of_slot, starts
 
 

@@ -1,0 +1,223 @@
+"""README.md does what it says: its commands run on a run of seconds, its snippets execute, its links lead somewhere.
+
+A command of a kind that is not known here fails, so that nothing stands in the README that nothing tries.
+"""
+
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from tiny_run import tiny_config, write_corpus
+
+from moe_lm.bench import machine
+from moe_lm.checkpoint import resolve_model_dir
+from moe_lm.config import SourceConfig, load_config, to_toml
+from moe_lm.train.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+FENCES = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+SNIPPETS = [text for language, text in FENCES if language == "python"]
+COMMANDS = [
+    line.partition("  #")[0].strip()
+    for language, text in FENCES
+    if language == "bash"
+    for line in text.splitlines()
+    if line.strip()
+]
+RUN = [command for command in COMMANDS if command.startswith("python ")]
+
+SET_UP = "python3 -m venv .venv && .venv/bin/pip install -e "
+INSTALLS = {"train": f"{SET_UP}. && .venv/bin/python train.py", "test": f"{SET_UP}'.[test]' && .venv/bin/pytest"}
+
+FASTER = {
+    "moe_lm.bench.speculation": ["--max-tokens", "8", "--repeats", "1"],
+    "moe_lm.generate": ["--max-tokens", "16"],
+}
+"""What is added to a command so that the test takes seconds; its last value of an option counts."""
+
+CONTEXT = 128
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """What the commands need around them: train.py, every config made tiny, a text, a model, and a finished runs/nano.
+
+    The run is that of the README's first command, in a process of its own.
+    """
+    root = tmp_path_factory.mktemp("repository")
+    data = write_corpus(root / "corpus")
+    shutil.copy(ROOT / "train.py", root)
+    (root / "configs").mkdir()
+    for path in (ROOT / "configs").glob("*.toml"):
+        real = load_config(path)
+        tiny = tiny_config(
+            data,
+            draft=real.draft,
+            steps=6,
+            max_position_embeddings=CONTEXT,
+            num_local_experts=4 if real.model.is_moe else 0,
+        )
+        (root / "configs" / path.name).write_text(to_toml(tiny), "utf-8")
+    texts = [path.read_text("utf-8") for path in sorted((root / "corpus").rglob("*.txt"))]
+    (root / "my.txt").write_text("\n\n".join(f"{i} {text}" for i, text in enumerate(texts * 3)), "utf-8")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, *INSTALLS["train"].rpartition("/python ")[2].split()]
+    done = subprocess.run(program, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (root / "messages.txt").write_text(done.stderr, "utf-8")
+    shutil.copytree(resolve_model_dir(root / "runs" / "nano"), root / "Mixtral-8x7B-v0.1")
+    return root
+
+
+@pytest.fixture
+def here(place, monkeypatch):
+    """The place as working directory, and nothing done to the process of the tests."""
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("kernels.cpu.process.tune_process", lambda: None)
+    monkeypatch.setenv("GOMP_SPINCOUNT", os.environ.get("GOMP_SPINCOUNT", "20000"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return place
+
+
+def call(monkeypatch, words: list[str]) -> None:
+    """What `python WORDS` does, in this process: importing torch again for every command would take minutes."""
+    module = words[1] if words[0] == "-m" else None
+    arguments = words[2:] if module else words[1:]
+    monkeypatch.setattr(sys, "argv", [words[0], *arguments, *FASTER.get(module, [])])
+    status = None
+    try:
+        if module:
+            monkeypatch.delitem(sys.modules, module, raising=False)  # else runpy warns that it is there already
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        status = end.code
+    assert not status
+
+
+def value_of(words: list[str], option: str) -> str | None:
+    return words[words.index(option) + 1] if option in words else None
+
+
+def test_the_two_commands_are_those_of_the_project():
+    assert set(INSTALLS.values()) <= set(COMMANDS)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    for command in COMMANDS:
+        for extra in re.findall(r"pip install -e '\.\[(\w+)\]'", command):
+            assert extra in extras, command
+    for program in ("pytest", "ruff"):
+        assert any(re.match(rf"{program}\b", requirement) for requirement in extras["test"])
+    checks = (ROOT / ".ci" / "run").read_text("utf-8")
+    for step in (
+        "python3 -m venv",
+        "install --quiet -e '.[test]'",
+        '/ruff" check .',
+        '/ruff" format --check .',
+        '/pytest"',
+    ):
+        assert step in checks, step
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_every_block_and_command_is_of_a_known_kind():
+    assert {language for language, _ in FENCES} == {"bash", "python"}
+    known = {*INSTALLS.values(), *RUN, "source .venv/bin/activate", "pip install -e '.[tensorboard]'",
+             "tensorboard --logdir runs", "pytest -m slow"}  # fmt: skip
+    assert not set(COMMANDS) - known
+    assert {shlex.split(command)[1] for command in RUN} == {"train.py", "-m"}
+
+
+@pytest.mark.parametrize("command", [command for command in RUN if command.startswith("python train.py")])
+def test_training_command(command, here, monkeypatch, capfd):
+    monkeypatch.setattr(machine, "gemm_rate", lambda device, dtype: 1e9)
+    words = shlex.split(command)[1:]
+    if words == ["train.py"]:  # which made the place
+        messages = (here / "messages.txt").read_text("utf-8")
+    else:
+        call(monkeypatch, words)
+        shown, messages = capfd.readouterr()
+    if "--help" in words:
+        assert "--train.learning_rate" in shown
+        return
+    config = words[1] if len(words) > 1 and words[1].endswith(".toml") else "configs/nano.toml"
+    assert (ROOT / config).is_file()
+    name = value_of(words, "--run-dir") or value_of(words, "--resume") or f"runs/{Path(config).stem}"
+    run, settings = here / name, load_config(here / name / "config.toml")
+    assert f"report: {Path(name, 'report.md')} and {Path(name, 'report.html')}" in messages
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == list(range(1, settings.train.steps + 1))
+    assert settings.train.steps == int(value_of(words, "--train.steps") or 6)
+    assert settings.model.num_local_experts == int(
+        value_of(words, "--model.num_local_experts") or 4 * load_config(ROOT / config).model.is_moe
+    )
+    if "--data.sources" in words:
+        assert settings.data.sources == (SourceConfig("my.txt"),)
+    if settings.train.tensorboard:
+        assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("command", [command for command in RUN if command.startswith("python -m moe_lm.generate")])
+def test_generating_command(command, here, monkeypatch, capfd):
+    words = shlex.split(command)[1:]
+    call(monkeypatch, words)
+    shown, messages = capfd.readouterr()
+    assert shown.startswith(value_of(words, "--prompt"))
+    assert "tokens/s" in messages
+    assert ("of drafts accepted" in messages) == ("--draft" in words)
+
+
+@pytest.mark.parametrize("command", [command for command in RUN if command.startswith("python -m moe_lm.bench.")])
+def test_measuring_command(command, here, monkeypatch, capfd):
+    words = shlex.split(command)[1:]
+    call(monkeypatch, words)
+    shown = capfd.readouterr().out
+    expected = {"moe_lm.bench.machine": "float32 GEMM", "moe_lm.bench.speculation": "greedy"}
+    assert expected[words[1]] in shown
+
+
+def test_every_command_that_runs_is_run_above():
+    kinds = ("python train.py", "python -m moe_lm.generate ", "python -m moe_lm.bench.")
+    assert all(command.startswith(kinds) for command in RUN)
+
+
+def test_commands_that_are_not_run_have_what_they_need():
+    configured = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["pytest"]["ini_options"]
+    assert any(marker.startswith("slow:") for marker in configured["markers"])
+    assert "not slow" in configured["addopts"]
+    assert shutil.which("tensorboard", path=str(Path(sys.executable).parent))
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: text.split()[1].strip(","))
+def test_snippet(snippet, here, capfd):
+    exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
+    shown = capfd.readouterr().out
+    for said in re.findall(r"print\(.*\)  # (.*)$", snippet, re.MULTILINE):
+        assert said in shown
+    assert shown.strip() or "print" not in snippet
+
+
+def test_files_that_it_names_are_there(here):
+    for file in set(re.findall(r"`(runs/nano/[\w./-]+)`", README)):
+        assert (here / file).exists(), file
+    for file in set(re.findall(r"`((?:configs|tests|moe_lm|kernels|\.ci)/[\w./-]+)`", README)):
+        assert (ROOT / file).exists(), file
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
+def test_link(link):
+    assert "://" not in link, "no link leaves the repository"
+    assert (ROOT / link).exists()
+
+
+def test_it_is_short_and_has_every_figure():
+    assert len(README.splitlines()) < 200
+    assert "TBD" not in README, "figures that nobody has measured yet"
