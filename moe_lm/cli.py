@@ -30,7 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from moe_lm.config import ConfigError, RunConfig, from_value, read_toml, require, to_plain, toml_value
+from moe_lm.config import ConfigError, RunConfig, require
+from moe_lm.toml import from_value, read_toml, to_plain, toml_value
 
 
 def run_main(main: Callable[[list[str]], int | None]) -> NoReturn:

@@ -23,14 +23,15 @@ COMMANDS = {"bench", "generate", "routes", "export", "train.py", "serve.py"}
 ROOMS = {
     "kernels": set(),
     "config": set(),
-    "cli": {"config"},
+    "toml": {"config"},
+    "cli": {"config", "toml"},
     "scaling": {"config"},
     "model": {"config", "kernels"},
     "data": {"config"},
-    "checkpoint": {"config", "model"},
+    "checkpoint": {"config", "toml", "model"},
     "parallel": {"config", "model"},
     "engine": {"config", "model", "kernels", "checkpoint", "parallel"},
-    "train": {"config", "model", "data", "checkpoint", "parallel", "scaling"},
+    "train": {"config", "toml", "model", "data", "checkpoint", "parallel", "scaling"},
     "server": {"config", "engine"},
 }
 """The rooms that each room may import, beside itself."""
@@ -48,6 +49,7 @@ GRANTED = {
 PACKAGES = {
     "kernels": {"torch", "einops"},
     "config": set(),
+    "toml": set(),
     "cli": set(),
     "scaling": {"torch"},
 }

@@ -10,17 +10,8 @@ import pytest
 
 from moe_lm import cli
 from moe_lm.cli import Parser, field_docs, parse_run_config, read_value, run_main, settings, suggestion
-from moe_lm.config import (
-    ConfigError,
-    DataConfig,
-    ModelConfig,
-    RopeScaling,
-    RunConfig,
-    SourceConfig,
-    TrainConfig,
-    load_config,
-    to_toml,
-)
+from moe_lm.config import ConfigError, DataConfig, ModelConfig, RopeScaling, RunConfig, SourceConfig, TrainConfig
+from moe_lm.toml import load_config, to_toml
 
 SETTINGS = {setting.name: setting for setting in settings()}
 

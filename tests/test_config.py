@@ -19,11 +19,8 @@ from moe_lm.config import (
     SampleConfig,
     SourceConfig,
     TrainConfig,
-    from_value,
-    load_config,
-    to_dict,
-    to_toml,
 )
+from moe_lm.toml import from_value, load_config, to_dict, to_toml
 
 CLASSES = [
     RopeScaling, ModelConfig, SourceConfig, DataConfig, TrainConfig, CheckpointConfig, SampleConfig, RunConfig,
@@ -210,10 +207,12 @@ REFUSALS = [
     ),
     *(
         pytest.param(
-            RunConfig, {"train": TrainConfig(**{name: 255})},
+            RunConfig, {"train": TrainConfig(**{name: 255}, **others)},
             ["255 tokens", "data.sequence_length = 256", f"train.{name}"], id=f"RunConfig-{name}",
         )
-        for name in ("batch_tokens", "batch_tokens_start", "micro_batch_tokens")
+        for name, others in (
+            ("batch_tokens", {}), ("batch_tokens_start", {"batch_ramp_steps": 9}), ("micro_batch_tokens", {}),
+        )
     ),
 ]  # fmt: skip
 

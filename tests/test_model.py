@@ -14,11 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from kernels import registry
-from moe_lm.config import ModelConfig, RopeScaling, load_config
+from moe_lm.config import ModelConfig, RopeScaling
 from moe_lm.model import Transformer
 from moe_lm.model.attention import whole_rows
 from moe_lm.model.moe import MoE, Routed, load_balancing_loss, router_entropy, router_z_loss
 from moe_lm.scaling.counts import forward_flops_per_token, parameters, train_flops_per_token
+from moe_lm.toml import load_config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

@@ -18,7 +18,8 @@ from tiny_run import tiny_config, write_corpus
 
 from moe_lm.bench import machine
 from moe_lm.checkpoint import resolve_model_dir
-from moe_lm.config import SourceConfig, load_config, to_toml
+from moe_lm.config import SourceConfig
+from moe_lm.toml import load_config, to_toml
 from moe_lm.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]

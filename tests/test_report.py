@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_lm.config import ModelConfig, RunConfig, SampleConfig, to_toml
+from moe_lm.config import ModelConfig, RunConfig, SampleConfig
+from moe_lm.toml import to_toml
 from moe_lm.train.charts import NEUTRAL, heat_map, level, smooth, thin, ticks
 from moe_lm.train.report import (
     ModelFacts,

@@ -18,7 +18,7 @@ from moe_lm import load
 from moe_lm.bench import machine
 from moe_lm.checkpoint.directory import checkpoints, step_of
 from moe_lm.cli import run_main
-from moe_lm.config import load_config, to_toml
+from moe_lm.toml import load_config, to_toml
 from moe_lm.train.metrics import read_metrics
 
 TRAIN = Path(train.__file__).resolve()

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from moe_lm.config import ConfigError, ModelConfig, from_value, require
+from moe_lm.config import ConfigError, ModelConfig, require
+from moe_lm.toml import from_value
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ import math
 from html import escape
 from typing import Any
 
-from moe_lm.config import RunConfig, to_toml
+from moe_lm.config import RunConfig
+from moe_lm.toml import to_toml
 from moe_lm.train.charts import CHART_STYLE, Line, heat_maps, line_chart, smooth
 from moe_lm.train.report import (
     Logs,

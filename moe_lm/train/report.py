@@ -9,7 +9,8 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from moe_lm.checkpoint.directory import replace_file
-from moe_lm.config import RunConfig, to_toml
+from moe_lm.config import RunConfig
+from moe_lm.toml import to_toml
 from moe_lm.train.charts import smooth, thin
 from moe_lm.train.metrics import read_metrics
 

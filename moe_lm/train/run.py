@@ -9,10 +9,11 @@ from tokenizers import Tokenizer
 
 from moe_lm.checkpoint import check_exportable
 from moe_lm.checkpoint.directory import checkpoints, replace_file
-from moe_lm.config import ConfigError, RunConfig, load_config, require, to_toml
+from moe_lm.config import ConfigError, RunConfig, require
 from moe_lm.data import PreparedData, prepare_data
 from moe_lm.model import Transformer
 from moe_lm.scaling.counts import parameters
+from moe_lm.toml import load_config, to_toml
 from moe_lm.train.loop import Trainer
 
 CONFIG_FILE = "config.toml"
