@@ -233,9 +233,9 @@ def test_refusal_names_the_value_and_the_field(cls: type, arguments: dict[str, A
         (ModelConfig, {"num_experts_per_tok": 16}),
         (ModelConfig, {"num_key_value_heads": 8}),
         (DataConfig, {"sequence_length": 2}),
-        (TrainConfig, {"steps": 1}),  # the default warm-up may be longer than a short run
+        (TrainConfig, {"steps": 1}),  # a share of one step is no warm-up
         (TrainConfig, {"beta1": 0.0, "min_learning_rate_ratio": 1.0, "max_grad_norm": 0.0, "weight_decay": 0.0}),
-        (TrainConfig, {"batch_tokens_start": 8192}),
+        (TrainConfig, {"batch_tokens_start": 8192, "batch_ramp_steps": 1}),
         (SampleConfig, {"temperature": 0.0, "prompts": ()}),
     ],
 )
