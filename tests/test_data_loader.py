@@ -12,6 +12,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from batches import documents_of, same
 
 from moe_lm.config import ConfigError, DataConfig, SourceConfig
 from moe_lm.data import cache, loader, prepare_data, stdlib
@@ -44,18 +45,6 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data(corpus):
     return prepare_data(corpus, 300)
-
-
-def documents_of(data, split):
-    starts = split.starts.tolist()
-    parts = [split.tokens[a:b].tolist() for a, b in pairwise(starts)]
-    assert all(part[-1] == 0 and 0 not in part[:-1] for part in parts)
-    return [data.tokenizer.decode(part) for part in parts]
-
-
-def same(a, b):
-    names = ("tokens", "targets", "positions", "documents")
-    return all(torch.equal(getattr(a, n), getattr(b, n)) for n in names) and a.num_bytes == b.num_bytes
 
 
 def test_each_document_is_on_its_side_and_none_is_lost(data):

@@ -1,11 +1,10 @@
 """Streamed sources: the training documents in order without end, resumed exactly from any row."""
 
 import json
-from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
+from batches import documents_of, same
 
 from moe_lm.config import ConfigError, DataConfig, SourceConfig
 from moe_lm.data import cache, prepare_data, streaming
@@ -18,18 +17,6 @@ def write_rows(path, count, words="alpha beta gamma delta"):
     rows = [{"text": f"{words} {i} " * (i % 9 + 1)} for i in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [row["text"] for row in rows]
-
-
-def documents_of(data, split):
-    starts = split.starts.tolist()
-    parts = [split.tokens[a:b].tolist() for a, b in pairwise(starts)]
-    assert all(part[-1] == 0 and 0 not in part[:-1] for part in parts)
-    return [data.tokenizer.decode(part) for part in parts]
-
-
-def same(a, b):
-    names = ("tokens", "targets", "positions", "documents")
-    return all(torch.equal(getattr(a, n), getattr(b, n)) for n in names) and a.num_bytes == b.num_bytes
 
 
 @pytest.fixture
