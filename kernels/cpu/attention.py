@@ -1,8 +1,8 @@
 """Causal attention over whole rows with few key-value heads.
 
 The forward is torch's flash kernel. The backward is ours: torch's took about 160 ms for 8,192 tokens in 8 heads of 32,
-ours about 58 ms in 4 heads of 64 (2 cores; not measured on one shape). It packs the R = H / G query heads that share a key head into the rows of
-one bfloat16 GEMM and skips the key blocks that causality hides.
+ours about 58 ms in 4 heads of 64 (2 cores; not measured on one shape). It packs the R = H / G query heads that share a
+key head into the rows of one bfloat16 GEMM and skips the key blocks that causality hides.
 
 B rows of T tokens, H query heads, G key-value heads, R = H / G, C channels, I queries in a block, J keys it can see.
 """
