@@ -146,14 +146,14 @@ def expert_mlp_forward(
     x: Tensor, weights: Tensor, experts: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     module = implementation("expert_mlp", x, weights, experts, order, offsets, gate_up, down)
-    return module.expert_mlp_forward(x, weights, experts, order, offsets, gate_up, down, keep=True)
+    return module.expert_mlp_forward(x, weights, experts, order, offsets, gate_up, down)
 
 
 @expert_mlp_forward.register_fake
 def _(x, weights, experts, order, offsets, gate_up, down):
-    # How many rows the padded layout takes depends on the routing.
-    rows = torch.library.get_ctx().new_dynamic_size()
-    return torch.empty_like(x), x.new_empty(rows, gate_up.shape[1]), x.new_empty(rows, x.shape[1])
+    # How many blocks of rows there are depends on the routing.
+    blocks, rows = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
+    return torch.empty_like(x), x.new_empty(blocks, rows, gate_up.shape[1]), x.new_empty(blocks * rows, x.shape[1])
 
 
 @custom_op("moe_kernels::expert_mlp_backward", mutates_args=())

@@ -9,7 +9,6 @@ import contextlib
 import importlib
 import warnings
 from collections.abc import Iterator
-from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -19,25 +18,32 @@ import torch
 BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("reference",), "meta": ("reference",)}
 """Backends of each device type, fastest first."""
 
-_forced: ContextVar[str | None] = ContextVar("kernels_backend", default=None)
+_forced: str | None = None
+"""What `use_backend` asks for: one for the process, since on a GPU autograd's backward runs in a thread of its own."""
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every operation inside the block with one backend; one that it cannot run raises ValueError."""
+    """Run every operation of the process with one backend while inside; one that it cannot run raises ValueError."""
+    global _forced
     known = sorted({backend for names in BACKENDS.values() for backend in names})
     if name not in known:
         raise ValueError(f"backend {name!r} is unknown; choose one of {', '.join(known)}.")
-    token = _forced.set(name)
+    before, _forced = _forced, name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
-@cache
+_modules: dict[tuple[str, str], ModuleType] = {}
+
+
 def module(backend: str, op: str) -> ModuleType:
-    return importlib.import_module(f"kernels.{backend}.{op}")
+    # A dict, not functools.cache, into which torch.compile does not trace.
+    if (backend, op) not in _modules:
+        _modules[backend, op] = importlib.import_module(f"kernels.{backend}.{op}")
+    return _modules[backend, op]
 
 
 def device_of(args: tuple[Any, ...]) -> torch.device:
@@ -56,12 +62,11 @@ def reason_against(backend: str, op: str, args: tuple[Any, ...]) -> str | None:
 
 def select(op: str, args: tuple[Any, ...]) -> str:
     """Name of the backend that runs `op(*args)`. Raises ValueError when the one that was asked for cannot."""
-    forced = _forced.get()
-    if forced is not None:
-        reason = reason_against(forced, op, args)
+    if _forced is not None:
+        reason = reason_against(_forced, op, args)
         if reason:
-            raise ValueError(f"{op}: the backend {forced!r} that use_backend asks for cannot run: it {reason}.")
-        return forced
+            raise ValueError(f"{op}: the backend {_forced!r} that use_backend asks for cannot run: it {reason}.")
+        return _forced
     reasons = []
     for backend in BACKENDS.get(device_of(args).type, ("reference",)):
         if backend == "reference":

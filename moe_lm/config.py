@@ -213,8 +213,17 @@ class TrainConfig:
     """Steps over which the batch grows linearly from `batch_tokens_start` to `batch_tokens`."""
     micro_batch_tokens: int = 8192
     """Most tokens in one forward and backward; a larger batch accumulates gradients over several."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` updates the matrices of the blocks with Muon (Jordan et al. 2024) and the rest with AdamW."""
     learning_rate: float = 2e-3
-    """Peak of the schedule."""
+    """AdamW's peak of the schedule."""
+    muon_learning_rate: float = 0.01
+    """Muon's peak of the schedule."""
+    muon_momentum: float = 0.95
+    """Muon's decay of the momentum."""
+    zero_init_residual: bool = True
+    """Start what writes to the residual stream (attention output, MLP down projection) at zero, so that every block
+    begins as the identity (Fixup, Zhang et al. 2019)."""
     embedding_learning_rate_ratio: float = 1.0
     """Learning rate of the token table as a multiple of the other weights': a row of it meets few tokens a step."""
     min_learning_rate_ratio: float = 0.05
@@ -224,7 +233,7 @@ class TrainConfig:
     decay: Literal["cosine", "linear"] = "cosine"
     """Shape of the decay from the peak to the end."""
     weight_decay: float = 0.1
-    """AdamW's decoupled decay of matrices; norms have none."""
+    """Decoupled decay of matrices, per unit of learning rate; norms have none."""
     beta1: float = 0.9
     """AdamW's decay of the first moment."""
     beta2: float = 0.95
@@ -249,9 +258,11 @@ class TrainConfig:
 
     def __post_init__(self):
         require_positive(self, "steps", "batch_tokens", "micro_batch_tokens", section="train.")
-        require_positive(self, "learning_rate", "embedding_learning_rate_ratio", "adam_eps", section="train.")
+        require_positive(
+            self, "learning_rate", "muon_learning_rate", "embedding_learning_rate_ratio", "adam_eps", section="train."
+        )
         require_positive(self, "eval_every", "eval_tokens", "log_every", section="train.")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "muon_momentum"):
             value = getattr(self, name)
             require(0 <= value < 1, f"train.{name} = {value} must be at least 0 and below 1.")
         ratio = self.min_learning_rate_ratio

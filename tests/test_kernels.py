@@ -156,10 +156,11 @@ def test_expert_mlp_on_any_routing(data):
         torch.testing.assert_close(out, kernels.expert_mlp(x, routing, gate_up, down), rtol=1e-4, atol=1e-4)
 
 
-def test_expert_mlp_sends_nothing_between_tokens():
+@pytest.mark.parametrize("N", [40, 400])
+def test_expert_mlp_sends_nothing_between_tokens(N):
     """A NaN token spoils its own row only: neither padding nor neighbours read it."""
-    routing = make_routing("random", 40, 4, 2)
-    x, gate_up, down = torch.randn(40, 16), torch.randn(4, 24, 16), torch.randn(4, 16, 12)
+    routing = make_routing("random", N, 4, 2)
+    x, gate_up, down = torch.randn(N, 16), torch.randn(4, 24, 16), torch.randn(4, 16, 12)
     clean = kernels.expert_mlp(x, routing, gate_up, down)
     x[0] = float("nan")
     spoiled = kernels.expert_mlp(x, routing, gate_up, down)

@@ -387,15 +387,7 @@ def test_fake_tensors_go_through_a_training_step():
         assert parameter.grad.shape == parameter.shape, name
 
 
-UNTRACED = pytest.mark.xfail(
-    strict=True,
-    raises=torch._dynamo.exc.Unsupported,
-    reason="kernels/registry.py asks a ContextVar and importlib, into which torch 2.13 does not trace",
-)
-
-
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
-@pytest.mark.parametrize("fullgraph", [False, pytest.param(True, marks=UNTRACED)])
+@pytest.mark.parametrize("fullgraph", [False, True])
 def test_a_compiled_training_step_is_the_same_step(fullgraph):
     model = make_model(shape(num_hidden_layers=1))
     batch = rows(model.config)

@@ -1,113 +1,33 @@
-"""Training against plain formulas: schedule, optimizer, losses, metrics; and runs that nothing can knock off course."""
+"""Training against plain formulas: schedule, losses, metrics."""
 
-import contextlib
-import copy
 import dataclasses
-import functools
 import io
 import json
 import math
-import os
-import signal
 import sys
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_run import MODEL, assert_same_outcome, outcome, tiny_config, write_corpus
+from tiny_run import MODEL, Terminal, tiny_config, weights_of
 from torch.nn.functional import log_softmax
 
-from moe_lm import load
-from moe_lm.bench import machine
-from moe_lm.checkpoint.directory import UNFINISHED, checkpoints
 from moe_lm.config import ConfigError, TrainConfig
-from moe_lm.data import prepare_data
 from moe_lm.data.packing import IGNORED
-from moe_lm.model import Transformer
 from moe_lm.model.attention import whole_rows
-from moe_lm.train import NotFinite, Trainer, loop, metrics
+from moe_lm.train import Trainer, loop, metrics
 from moe_lm.train.evaluate import Evaluation, evaluate
 from moe_lm.train.metrics import MetricsLog, ProgressLine, read_metrics
-from moe_lm.train.optim import make_optimizer
 from moe_lm.train.schedule import batch_rows, learning_rate
+
+pytestmark = pytest.mark.usefixtures("one_process")
 
 KEYS = {
     "step", "tokens", "loss", "bits_per_byte", "aux_loss", "z_loss", "expert_load", "router_entropy", "dead_experts",
     "grad_norm", "learning_rate", "tokens_per_s", "mfu",
 }  # fmt: skip
 HELD_OUT_KEYS = {"val_bits_per_byte", "val_bits_per_byte_by_source", "val_dead_experts"}
-EVERYTHING = {
-    "micro_batch_tokens": 96, "batch_tokens_start": 64, "batch_ramp_steps": 12, "router_jitter_noise": 0.1,
-    "log_every": 2, "dtype": "bfloat16",
-}  # fmt: skip
-"""Settings under which a resume has most to get right: micro-batches, a ramp, random numbers, steps without a line."""
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
-def data(corpus):
-    return prepare_data(corpus, 300)
-
-
-@contextlib.contextmanager
-def fresh_process():
-    """What a new process has of its own: no measurement of the machine yet, and random numbers anywhere."""
-
-    @functools.cache
-    def measured(device, dtype):
-        torch.randn(100)  # as the real one draws its matrices
-        return 1e9
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(machine, "gemm_rate", measured)
-        torch.seed()
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _one_process():
-    with fresh_process():
-        yield
-
-
-@pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
-    """A function from settings to the directory of an uninterrupted run with them, its trainer and its lines."""
-
-    @functools.cache
-    def run(**changes):
-        run_dir = tmp_path_factory.mktemp("whole")
-        with fresh_process():
-            trainer = Trainer(tiny_config(data.config, **changes), run_dir, data)
-            assert trainer.run()
-        return run_dir, trainer, read_metrics(run_dir / "metrics.jsonl")
-
-    return run
-
-
-def at_step(trainer, step, act):
-    """Have `act` called at the end of that step, before anything of it is logged or saved."""
-    take = trainer.train_step
-
-    def train_step():
-        result = take()
-        if trainer.step == step:
-            act()
-        return result
-
-    trainer.train_step = train_step
-    return trainer
-
-
-def weights_of(module):
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
 # Schedule
 
 
@@ -156,97 +76,6 @@ def test_a_batch_is_cut_into_micro_batches_that_fit(data, tmp_path):
         assert max(rows) <= 3
         assert sum(rows) == batch_rows(config.train, 32, step + 1)
     assert rows == [3, 3, 2]
-
-
-# Optimizer
-
-
-def test_norms_do_not_decay():
-    model = Transformer(MODEL)
-    groups = make_optimizer(model, TrainConfig(weight_decay=0.3)).param_groups
-    decays = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
-    names = {name: decays[id(parameter)] for name, parameter in model.named_parameters()}
-    assert names == {name: 0.0 if "norm" in name else 0.3 for name in names}
-    assert sum(len(group["params"]) for group in groups) == len(names)
-
-
-def test_the_token_table_may_learn_at_a_rate_of_its_own(data, tmp_path):
-    trainer = Trainer(tiny_config(data.config, embedding_learning_rate_ratio=4.0), tmp_path, data)
-    rate = trainer.train_step()["learning_rate"]
-    assert rate == learning_rate(trainer.config.train, 1)
-    rates = {id(parameter): group["lr"] for group in trainer.optimizer.param_groups for parameter in group["params"]}
-    found = {name: rates[id(parameter)] for name, parameter in trainer.model.named_parameters()}
-    assert found == {name: rate * (4 if name == "embed_tokens" else 1) for name in found}
-
-
-def test_a_step_is_adamw_by_hand():
-    config = TrainConfig(weight_decay=0.3, beta1=0.8, beta2=0.9, adam_eps=1e-3)
-    model = Transformer(MODEL).reset_parameters()
-    optimizer = make_optimizer(model, config)
-    by_hand = {name: [p.detach().double(), 0.0, 0.0] for name, p in model.named_parameters()}
-    for step, rate in ((1, 1e-2), (2, 3e-2), (3, 2e-2)):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        for name, parameter in model.named_parameters():
-            parameter.grad = torch.randn_like(parameter)
-            gradient, (weight, first, second) = parameter.grad.double(), by_hand[name]
-            first = 0.8 * first + 0.2 * gradient
-            second = 0.9 * second + 0.1 * gradient**2
-            weight = weight * (1 - rate * (0.0 if "norm" in name else 0.3))
-            weight = weight - rate * (first / (1 - 0.8**step)) / ((second / (1 - 0.9**step)).sqrt() + 1e-3)
-            by_hand[name] = [weight, first, second]
-        optimizer.step()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.double(), by_hand[name][0], rtol=1e-5, atol=1e-6, msg=name)
-
-
-def first_step(data, run_dir, **changes):
-    """The clipped gradients of a run's first step, the weights after it, and its metrics."""
-    # A large epsilon makes the update continuous in the gradient: at 1e-8 the sign of a gradient of 0 decides.
-    trainer = Trainer(tiny_config(data.config, adam_eps=1e-3, warmup=0.0, **changes), run_dir, data)
-    gradients = {}
-    trainer.optimizer.register_step_pre_hook(
-        lambda *_: gradients.update({name: p.grad.clone() for name, p in trainer.model.named_parameters()})
-    )
-    metrics = trainer.train_step()
-    assert all(parameter.grad is None for parameter in trainer.model.parameters())
-    return gradients, weights_of(trainer.model), metrics
-
-
-@pytest.mark.parametrize(
-    "model",
-    [{"num_local_experts": 0}, {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}],
-    ids=["dense", "experts"],
-)
-@pytest.mark.parametrize("micro_batch_tokens", [64, 96])
-def test_micro_batches_add_up(data, tmp_path, model, micro_batch_tokens):
-    once = first_step(data, tmp_path, **model)
-    several = first_step(data, tmp_path, micro_batch_tokens=micro_batch_tokens, **model)
-    for whole, parts in zip(once[:2], several[:2], strict=True):
-        for name in whole:
-            torch.testing.assert_close(parts[name], whole[name], rtol=0, atol=1e-6, msg=name)
-    for name in ("loss", "bits_per_byte", "grad_norm", "tokens"):
-        assert several[2][name] == pytest.approx(once[2][name], rel=1e-5), name
-
-
-def test_router_losses_of_micro_batches_count_by_their_rows(data, tmp_path):
-    trainer = Trainer(tiny_config(data.config, micro_batch_tokens=96), tmp_path, data)
-    parts = []
-    inner = trainer.model.losses
-    trainer.model.losses = lambda *batch: parts.append((len(batch[0]), inner(*batch))) or parts[-1][1]
-    metrics = trainer.train_step()
-    assert [rows for rows, _ in parts] == [3, 3, 2]
-    for name in ("aux", "z"):
-        expected = sum(rows * getattr(losses, name).item() for rows, losses in parts) / 8
-        assert metrics[f"{name}_loss"] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("limit", [0.01, 0.0])
-def test_gradients_are_scaled_down_to_the_limit(data, tmp_path, limit):
-    gradients, _, metrics = first_step(data, tmp_path, max_grad_norm=limit)
-    norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients.values()))
-    assert metrics["grad_norm"] > 0.1
-    assert norm == pytest.approx(limit or metrics["grad_norm"], rel=1e-4)
 
 
 # Losses
@@ -387,11 +216,6 @@ def test_tensorboard_that_is_not_installed_is_named(tmp_path, monkeypatch):
         MetricsLog(tmp_path, after=0, tensorboard=True)
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
 LINE = {
     "step": 5, "loss": 3.21, "bits_per_byte": 1.98, "tokens_per_s": 9812.4, "mfu": 0.312,
     "expert_load": [[0.2, 0.3, 0.25, 0.25], [0.1, 0.4, 0.25, 0.25]],
@@ -439,176 +263,3 @@ def test_progress_in_a_file_is_a_line_now_and_then(clock):
     eta = [dense.format(1, "0:19"), dense.format(6, "0:38"), "held out", TEXT.format(8, "0:26")]
     assert stream.getvalue().splitlines() == eta
     assert stream.getvalue().endswith("\n")
-
-
-# Stops and resumes
-
-
-def stop(number=signal.SIGTERM):
-    os.kill(os.getpid(), number)
-
-
-@pytest.mark.parametrize(
-    ("changes", "number"), [({}, signal.SIGINT), (EVERYTHING, signal.SIGTERM)], ids=["plain", "everything"]
-)
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(data, whole, tmp_path, changes, number):
-    config = tiny_config(data.config, **changes)
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    trainer = at_step(Trainer(config, tmp_path, data), 7, lambda: stop(number))
-    assert not trainer.run()
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    assert trainer.step == 7
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-000006", "step-000007"]
-    with fresh_process():
-        resumed = Trainer(config, tmp_path, data)
-        assert resumed.step == 7
-        assert resumed.seconds == trainer.seconds > 0
-        assert resumed.run()
-    assert resumed.seconds > trainer.seconds
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-000018", "step-000020"]
-    assert_same_outcome(tmp_path, whole(**changes)[0])
-
-
-def test_the_second_signal_acts_as_ever(data, tmp_path):
-    def twice():
-        stop(signal.SIGINT)
-        stop(signal.SIGINT)
-
-    trainer = at_step(Trainer(tiny_config(data.config), tmp_path, data), 7, twice)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            trainer.run()
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-000006"]
-
-
-@pytest.mark.parametrize("step", [0, 20])
-def test_a_stop_before_the_first_step_or_in_the_last_one_is_a_stop(data, whole, tmp_path, step):
-    config = tiny_config(data.config)
-    trainer = at_step(Trainer(config, tmp_path, data), step, stop)
-    trainer.stop_requested = step == 0
-    assert not trainer.run()
-    assert checkpoints(tmp_path)[-1].name == f"step-{step:06d}"
-    with fresh_process():
-        assert Trainer(config, tmp_path, data).run()
-    assert_same_outcome(tmp_path, whole()[0])
-
-
-class Crash(Exception):
-    """Stands for the end of the process."""
-
-
-def crash():
-    raise Crash
-
-
-@pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=["plain", "everything"])
-def test_a_crashed_run_takes_its_steps_again(data, whole, tmp_path, changes):
-    config = tiny_config(data.config, **changes)
-    with pytest.raises(Crash):
-        at_step(Trainer(config, tmp_path, data), 11, crash).run()
-    assert checkpoints(tmp_path)[-1].name == "step-000006"
-    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 10
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 11, "tok')
-    leftover = tmp_path / "checkpoints" / f"{UNFINISHED}step-000012"
-    leftover.mkdir()
-    (leftover / "model.safetensors").write_text("half of it")
-    with fresh_process():
-        trainer = Trainer(config, tmp_path, data)
-        assert trainer.step == 6
-        assert trainer.run()
-    assert not leftover.exists()
-    assert_same_outcome(tmp_path, whole(**changes)[0])
-
-
-def test_a_finished_run_stays_as_it_is(data, whole):
-    run_dir, _, _ = whole()
-    before = outcome(run_dir)
-    trainer = Trainer(tiny_config(data.config), run_dir, data)
-    assert trainer.run()
-    assert outcome(run_dir) == before
-    assert trainer.evaluation.bits_per_byte == before["lines"][-1]["val_bits_per_byte"]
-
-
-def test_a_run_whose_end_is_moved_to_where_it_stands_is_evaluated(data, tmp_path):
-    assert not at_step(Trainer(tiny_config(data.config), tmp_path, data), 7, stop).run()
-    trainer = Trainer(tiny_config(data.config, steps=7), tmp_path, data)
-    assert trainer.run()
-    assert trainer.step == 7
-    assert trainer.evaluation == evaluate(trainer.model, data, trainer.config, 1024)
-
-
-def test_other_data_or_another_seed_is_refused(data, tmp_path):
-    assert not at_step(Trainer(tiny_config(data.config), tmp_path, data), 3, stop).run()
-    for changes in ({"seed": 1}, {"hidden_size": 64}, {"num_hidden_layers": 1}):
-        with pytest.raises(ConfigError):
-            Trainer(tiny_config(data.config, **changes), tmp_path, data)
-
-
-# Numbers that are none
-
-
-def spoil_gradient(trainer, value, step):
-    trainer.model.norm.weight.register_hook(lambda grad: grad * (value if trainer.step + 1 == step else 1.0))
-
-
-def spoil_loss(trainer, step):
-    inner = trainer.model.losses
-
-    def losses(*batch):
-        found = inner(*batch)
-        return dataclasses.replace(found, nll=found.nll * math.nan) if trainer.step + 1 == step else found
-
-    trainer.model.losses = losses
-
-
-@pytest.mark.parametrize(
-    ("spoil", "name"),
-    [
-        (lambda trainer: spoil_gradient(trainer, math.nan, 9), "grad_norm = nan"),
-        (lambda trainer: spoil_gradient(trainer, math.inf, 9), "grad_norm = inf"),
-        (lambda trainer: spoil_loss(trainer, 9), "loss = nan"),
-    ],
-)
-def test_a_step_that_is_not_finite_is_not_taken(data, whole, tmp_path, monkeypatch, spoil, name):
-    config = tiny_config(data.config)
-    trainer, kept = Trainer(config, tmp_path, data), {}
-    at_step(
-        trainer, 8, lambda: kept.update(w=weights_of(trainer.model), o=copy.deepcopy(trainer.optimizer.state_dict()))
-    )
-    spoil(trainer)
-    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    with pytest.raises(NotFinite, match=rf"^step 9: {name}.*newest checkpoint is of step 6.* below 0.01") as raised:
-        trainer.run()
-    assert len(str(raised.value).splitlines()) == 1
-    assert terminal.getvalue().endswith("\n")
-    assert trainer.step == 8
-    assert all(torch.equal(tensor, kept["w"][key]) for key, tensor in trainer.model.state_dict().items())
-    for number, state in trainer.optimizer.state_dict()["state"].items():
-        assert all(torch.equal(value, kept["o"]["state"][number][key]) for key, value in state.items())
-    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 8
-    assert checkpoints(tmp_path)[-1].name == "step-000006"
-    assert all(parameter.isfinite().all() for parameter in load(tmp_path).parameters())
-    with fresh_process():
-        assert Trainer(config, tmp_path, data).run()
-    assert_same_outcome(tmp_path, whole()[0])
-
-
-def test_an_evaluation_that_is_not_finite_is_not_saved(data, tmp_path, monkeypatch):
-    spoiled = Evaluation(math.nan, {"left": math.nan}, [[1]])
-    trainer = Trainer(tiny_config(data.config), tmp_path, data)
-    at_step(trainer, 12, lambda: monkeypatch.setattr(loop, "evaluate", lambda *_: spoiled))
-    with pytest.raises(NotFinite, match=r"^step 12: val_bits_per_byte = nan.*newest checkpoint is of step 6"):
-        trainer.run()
-    assert checkpoints(tmp_path)[-1].name == "step-000006"
-
-
-def test_a_run_without_a_checkpoint_says_so(data, tmp_path):
-    trainer = Trainer(tiny_config(data.config), tmp_path, data)
-    spoil_loss(trainer, 1)
-    with pytest.raises(NotFinite, match=r"^step 1: loss = nan.*it has no checkpoint"):
-        trainer.run()
-    assert checkpoints(tmp_path) == []

@@ -1,10 +1,17 @@
 """A run that takes a second: a config of thousands of parameters on text made of a few words."""
 
+import contextlib
 import dataclasses
+import functools
+import io
 import json
 import random
 from pathlib import Path
 
+import pytest
+import torch
+
+from moe_lm.bench import machine
 from moe_lm.checkpoint.directory import checkpoints
 from moe_lm.config import CheckpointConfig, DataConfig, ModelConfig, RunConfig, SampleConfig, SourceConfig, TrainConfig
 
@@ -16,6 +23,12 @@ TRAIN = TrainConfig(
     steps=20, batch_tokens=256, micro_batch_tokens=256, learning_rate=1e-2, dtype="float32", device="cpu",
     eval_every=6, eval_tokens=256,
 )  # fmt: skip
+EVERYTHING = {
+    "micro_batch_tokens": 96, "batch_tokens_start": 64, "batch_ramp_steps": 12, "router_jitter_noise": 0.1,
+    "log_every": 2, "dtype": "bfloat16", "optimizer": "muon",
+}  # fmt: skip
+"""Settings under which a resume has most to get right: micro-batches, a ramp, random numbers, steps without a line,
+two rules of update."""
 MEASURED = ("tokens_per_s", "mfu")
 """What differs from run to run in a line of metrics.jsonl."""
 
@@ -68,3 +81,41 @@ def assert_same_outcome(here: Path, there: Path) -> None:
     assert first["lines"] == second["lines"]
     for name, value in first.items():
         assert value == second[name], name
+
+
+@contextlib.contextmanager
+def fresh_process():
+    """What a new process has of its own: no measurement of the machine yet, and random numbers anywhere."""
+
+    @functools.cache
+    def measured(device, dtype):
+        torch.randn(100)  # as the real one draws its matrices
+        return 1e9
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "gemm_rate", measured)
+        torch.seed()
+        yield
+
+
+def at_step(trainer, step, act):
+    """Have `act` called at the end of that step, before anything of it is logged or saved."""
+    take = trainer.train_step
+
+    def train_step():
+        result = take()
+        if trainer.step == step:
+            act()
+        return result
+
+    trainer.train_step = train_step
+    return trainer
+
+
+def weights_of(module):
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True

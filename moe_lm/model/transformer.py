@@ -71,16 +71,21 @@ class Transformer(nn.Module):
         """The projection to the vocabulary, (V, D)."""
         return self.embed_tokens if self.lm_head is None else self.lm_head.weight
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> "Transformer":
-        """Draw the initial weights: normal, those that write to the residual stream scaled by 1 / sqrt(2 L) (GPT-2)."""
+    def reset_parameters(
+        self, generator: torch.Generator | None = None, *, zero_residual: bool = False
+    ) -> "Transformer":
+        """Draw the initial weights: normal, those that write to the residual stream scaled by 1 / sqrt(2 L) (GPT-2).
+
+        With `zero_residual` these are zero instead, and every block begins as the identity (Fixup, Zhang et al. 2019).
+        """
         std = self.config.initializer_range
+        residual_scale = 0.0 if zero_residual else 1 / math.sqrt(2 * self.config.num_hidden_layers)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 nn.init.ones_(parameter)
             else:
                 writes = name.endswith(("o_proj.weight", "down_proj", "down_proj.weight"))
-                scale = 1 / math.sqrt(2 * self.config.num_hidden_layers) if writes else 1.0
-                nn.init.normal_(parameter, std=std * scale, generator=generator)
+                nn.init.normal_(parameter, std=std * residual_scale if writes else std, generator=generator)
         return self
 
     def hidden_states(self, tokens: Tensor, positions: Tensor, attend: Attend) -> tuple[Tensor, list[Routed]]:

@@ -14,7 +14,7 @@ from moe_lm.bench import machine
 from moe_lm.checkpoint.directory import checkpoints, publish, step_of
 from moe_lm.checkpoint.hf import load_state, save_hf
 from moe_lm.checkpoint.train_state import load_train_state, save_train_state
-from moe_lm.config import RunConfig
+from moe_lm.config import RunConfig, require
 from moe_lm.data import PreparedData
 from moe_lm.model import Losses, Transformer
 from moe_lm.model.device import choose_device
@@ -39,8 +39,9 @@ class Trainer:
         # Measured before the seed counts: it draws random numbers, which a resumed run would draw at another step.
         self.gemm_rate = machine.gemm_rate(self.device, self.dtype)
         torch.manual_seed(config.train.seed)
-        self.model = Transformer(config.model, compute_dtype=self.dtype).reset_parameters().to(self.device)
-        self.optimizer = make_optimizer(self.model, config.train)
+        model = Transformer(config.model, compute_dtype=self.dtype)
+        self.model = model.reset_parameters(zero_residual=config.train.zero_init_residual).to(self.device)
+        self.optimizer = make_optimizer(self.model, config.train, self.dtype)
         self.loader = data.train_loader(config.train.seed, config.data.sequence_length)
         self.flops_per_token = train_flops_per_token(config.model, config.data.sequence_length)
         self.step = self.tokens = 0
@@ -58,6 +59,8 @@ class Trainer:
             return
         load_state(found[-1], self.model)
         progress = load_train_state(found[-1], self.model, self.optimizer)
+        here, saved = self.config.train.optimizer, progress["optimizer"]
+        require(here == saved, f"train.optimizer = {here} is not the {saved} of the saved run: resume with that.")
         self.loader.load_state_dict(progress["loader"])
         self.step, self.tokens, self.seconds = progress["step"], progress["tokens"], progress["seconds"]
         if progress["evaluation"] is not None:
@@ -194,6 +197,7 @@ class Trainer:
                 "step": self.step,
                 "tokens": self.tokens,
                 "seconds": self.seconds,
+                "optimizer": self.config.train.optimizer,
                 "loader": self.loader.state_dict(),
                 "evaluation": vars(self.evaluation) if self.evaluation else None,
             }

@@ -1,24 +1,53 @@
-"""The optimizer: AdamW with decoupled decay on matrices only."""
+"""The optimizer: which rule, rate and decay each weight gets."""
 
+import torch
+from torch import Tensor
 from torch.optim import AdamW
 
-from moe_lm.config import TrainConfig
+from moe_lm.config import ModelConfig, TrainConfig
 from moe_lm.model import Transformer
+from moe_lm.train.muon import MuonAdamW
 
 
-def make_optimizer(model: Transformer, config: TrainConfig) -> AdamW:
-    """Fused AdamW (Loshchilov & Hutter 2019): one pass over weights, gradients and both moments.
+def make_optimizer(model: Transformer, config: TrainConfig, dtype: torch.dtype = torch.float32) -> AdamW:
+    """AdamW (Loshchilov & Hutter 2019), fused, or with `config.optimizer` muon that for what Muon does not suit.
 
-    Norm weights do not decay: pulling a gain towards 0 only rescales what the next matrix learns. Each group carries
-    `lr_ratio`, its learning rate as a multiple of the schedule's.
+    Muon takes the matrices of the blocks. The router's stays with AdamW, as do the token table and the projection to
+    the vocabulary, whose rows each meet few tokens. Norm weights do not decay: pulling a gain towards 0 only rescales
+    what the next matrix learns. Each group carries `lr_ratio`, its learning rate as a multiple of the schedule's.
+    `dtype` is that of Muon's own products.
     """
-    table = model.embed_tokens
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1 and parameter is not table]
-    gains = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay, "lr_ratio": 1.0},
-        {"params": [table], "weight_decay": config.weight_decay, "lr_ratio": config.embedding_learning_rate_ratio},
-        {"params": gains, "weight_decay": 0.0, "lr_ratio": 1.0},
-    ]
+    groups: dict[str, dict] = {
+        "matrices": {"weight_decay": config.weight_decay, "lr_ratio": 1.0, "muon": False},
+        "table": {
+            "weight_decay": config.weight_decay, "lr_ratio": config.embedding_learning_rate_ratio, "muon": False,
+        },
+        "gains": {"weight_decay": 0.0, "lr_ratio": 1.0, "muon": False},
+        "muon": {
+            "weight_decay": config.weight_decay, "lr_ratio": config.muon_learning_rate / config.learning_rate,
+            "muon": True, "momentum": config.muon_momentum, "rows": [],
+        },
+    }  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            group = "gains"
+        elif parameter is model.embed_tokens:
+            group = "table"
+        elif config.optimizer == "muon" and name.startswith("layers.") and not name.endswith("mlp.gate.weight"):
+            group = "muon"
+            groups[group]["rows"].append(matrix_rows(name, parameter, model.config))
+        else:
+            group = "matrices"
+        groups[group].setdefault("params", []).append(parameter)
+    chosen = [group for group in groups.values() if "params" in group]
     betas = (config.beta1, config.beta2)
-    return AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_eps, fused=True)
+    return MuonAdamW(chosen, dtype, lr=config.learning_rate, betas=betas, eps=config.adam_eps)
+
+
+def matrix_rows(name: str, parameter: Tensor, config: ModelConfig) -> list[int]:
+    """Rows of each of the matrices that the weight `name` is made of."""
+    if name.endswith("qkv_proj.weight"):
+        queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+        return [queries, keys, keys]
+    rows = parameter.shape[-2]
+    return [rows // 2] * 2 if "gate_up_proj" in name else [rows]
