@@ -8,6 +8,7 @@
 Everything ends up in the run directory: checkpoints, metrics.jsonl, report.md and report.html.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> int:
     draft = run.draft_config(config, args.config_path, run_dir)
     run.open_run(run_dir, config, draft)
     data = run.prepare(config, run_dir, say)
+    run.write_configs(run_dir, config, draft)
     try:
         trained = [run.train(config, run_dir, data, say)]
         if trained[0] and draft:
@@ -49,7 +51,7 @@ def main(argv: list[str]) -> int:
     if None in trained:
         say(f"continue with: python train.py --resume {run_dir}")
         return 0
-    talk(run_dir, config, trained, command=" ".join(["python train.py", *argv]), say=say)
+    talk(run_dir, config, trained, command=shlex.join(["python", "train.py", *argv]), say=say)
     return 0
 
 

@@ -35,7 +35,10 @@ from moe_lm.toml import from_value, read_toml, to_plain, toml_value
 
 
 def run_main(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Exit with the status of `main(arguments)`; a ConfigError becomes one line on stderr and status 2."""
+    """Exit with the status of `main(arguments)`; a ConfigError becomes one line on stderr and status 2.
+
+    So does Ctrl-C, with the status 130 that shells give it, wherever the program does not handle it itself.
+    """
     # Read when OpenMP is loaded, so before any import of torch. By default GNU OpenMP's threads spin for milliseconds
     # after every parallel loop: where another process wants the core, a step of 0.4 s measured 10 s.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
@@ -44,6 +47,9 @@ def run_main(main: Callable[[list[str]], int | None]) -> NoReturn:
     except ConfigError as error:
         print(*str(error).splitlines(), file=sys.stderr)
         status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
     sys.exit(status)
 
 

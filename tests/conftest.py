@@ -1,10 +1,16 @@
+import dataclasses
 import functools
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from hub_models import SMALL, TEXTS, random_model
 from tiny_run import fresh_process, tiny_config, write_corpus
 
+from moe_lm.checkpoint import save_hf
 from moe_lm.data import prepare_data
+from moe_lm.data.tokenizer import train_tokenizer
 from moe_lm.train import Trainer
 from moe_lm.train.metrics import read_metrics
 
@@ -43,3 +49,44 @@ def whole(data, tmp_path_factory):
 def one_process():
     with fresh_process():
         yield
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TRANSFORMERS_OFFLINE", "1")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    # Products this small take longer to hand out than to compute, several times so on a busy machine.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_tokenizer(TEXTS * 2, 260)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory, tokenizer):
+    directory = tmp_path_factory.mktemp("saved")
+    for name, config in SMALL.items():
+        (directory / name).mkdir()
+        save_hf(directory / name, random_model(config), tokenizer)
+    (directory / "mistral").mkdir()
+    save_hf(
+        directory / "mistral", random_model(dataclasses.replace(SMALL["dense"], hidden_size=34, head_dim=8)), tokenizer
+    )
+    return directory
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    def make(name: str) -> Path:
+        return Path(shutil.copytree(saved / name, tmp_path / name))
+
+    return make

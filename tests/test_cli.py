@@ -413,6 +413,15 @@ def test_run_main_returns_the_status(monkeypatch):
         assert stop.value.code == result
 
 
+def test_an_interrupted_program_says_so_without_a_traceback(capsys):
+    def main(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        run_main(main)
+    assert (stop.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
 def test_run_main_lets_bugs_through():
     def main(argv):
         raise ValueError("a bug, not a setting")

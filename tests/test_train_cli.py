@@ -175,6 +175,12 @@ def test_what_cannot_work_is_one_line_and_status_2(call, place, finished):
         ("tiny.toml", "--resume", "runs/tiny"): "--resume runs/tiny goes on with the config in it: leave out CONFIG",
         ("--resume", "runs/tiny", "--run-dir", "x"): "--resume runs/tiny goes on with the config in it: leave out",
         ("tiny.toml", "--run-dir", "runs/tiny"): "run_dir = runs/tiny holds a run already: continue it with --resume",
+        (
+            "--resume",
+            "runs/tiny",
+            "--draft",
+            "tiny.toml",
+        ): "draft = tiny.toml is not the draft.toml that runs/tiny began",
         ("tiny.toml", "--draft", "dratf.toml"): "no config file dratf.toml; did you mean",
         ("tiny.toml", "--run-dir", "tiny.toml"): "run_dir = tiny.toml cannot be written: ",
         ("tiny.toml", "--train.device", "cuda:9", "--run-dir", "runs/device"): "device = 'cuda:9' is not there",
@@ -206,6 +212,21 @@ def test_a_setting_that_does_not_fit_the_checkpoint_leaves_the_run_as_it_was(cal
     assert message in err.splitlines()[-1]
     assert "Traceback" not in err
     assert [file.read_bytes() for file in files] == before
+
+
+def test_a_run_whose_data_cannot_be_prepared_leaves_its_name_free(call):
+    arguments = ("tiny.toml", "--draft", "none", "--run-dir", "runs/again", "--train.steps", 1)
+    status, err, _ = call(*arguments, "--data.validation_fraction", 0.000001)
+    assert (status, "holds out none of the" in err) == (2, True)
+    assert call(*arguments)[0] == 0
+
+
+def test_a_resumed_run_may_leave_its_draft_out(call, finished):
+    before = outcome(finished[0] / "draft")
+    status, _, out = call("--resume", "runs/tiny", "--draft", "none")
+    assert (status, "speculative" in out) == (0, False)
+    assert outcome(finished[0] / "draft") == before
+    assert call("--resume", "runs/tiny", "--draft", "draft.toml")[0] == 0
 
 
 def test_names_of_runs_are_counted_on(call, place, finished):

@@ -109,7 +109,7 @@ class Stream:
         self.generator, self.params = generator, params
         self.sequence, self.prompt_length = list(prompt), len(prompt)
         self.target = Runner(generator.model, total)
-        self.draft = Runner(generator.draft, total) if generator.draft else None
+        self.draft = Runner(generator.draft, total, rows=1) if generator.draft else None
         self.random = Random(params.seed)
         self.stats, self.finish_reason = Stats(), ""
 

@@ -1,7 +1,8 @@
 """A run directory from its config: where it lies, what it is written with, and the model and draft trained into it."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,13 +65,19 @@ def draft_config(config: RunConfig, config_path: Path, run_dir: Path) -> RunConf
     """The draft's run: its own file's model and schedule, on the target's data, seed, device and vocabulary.
 
     The file is named beside the target's, or from the working directory; a resumed run has its own copy. Raises
-    ConfigError when there is no such file.
+    ConfigError when there is no such file, and when a run is resumed with another one.
     """
-    copy = run_dir / "draft" / CONFIG_FILE
-    if copy.exists():
-        return load_config(copy)
     if config.draft is None:
         return None
+    copy = run_dir / "draft" / CONFIG_FILE
+    if copy.exists():
+        began = load_config(run_dir / CONFIG_FILE).draft
+        require(
+            began in (None, config.draft),
+            f"draft = {config.draft} is not the {began} that {run_dir} began with: resume without --draft, or with "
+            "--draft none to leave it out.",
+        )
+        return load_config(copy)
     beside = config_path.parent / config.draft
     draft = load_config(beside if beside.exists() else config.draft)
     shared = {name: getattr(config.train, name) for name in ("seed", "device", "dtype", "tensorboard")}
@@ -84,21 +91,36 @@ def draft_config(config: RunConfig, config_path: Path, run_dir: Path) -> RunConf
 
 
 def open_run(run_dir: Path, config: RunConfig, draft: RunConfig | None) -> None:
-    """Make the directories and write the configs that are not there, so that the run can be resumed from the start.
+    """Make the directories.
 
     Raises ConfigError for a model that cannot be saved and for a directory that cannot be written.
     """
     for folder, settings in ((run_dir, config), (run_dir / "draft", draft)):
         if settings is not None:
             check_exportable(settings.model)
-            if not (folder / CONFIG_FILE).exists():
-                write_config(folder, settings)
+            with writable(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+
+
+def write_configs(run_dir: Path, config: RunConfig, draft: RunConfig | None) -> None:
+    """Write the configs that are not there: from now on the directory is a run, which can be resumed from the start.
+
+    That is not before the data is prepared, so that a run that failed there leaves its name free.
+    """
+    for folder, settings in ((run_dir, config), (run_dir / "draft", draft)):
+        if settings is not None and not (folder / CONFIG_FILE).exists():
+            write_config(folder, settings)
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with writable(folder):
         replace_file(folder / CONFIG_FILE, to_toml(dataclasses.replace(config, run_dir=None)))
+
+
+@contextlib.contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigError(f"run_dir = {folder} cannot be written: {error.strerror}.") from None
 
