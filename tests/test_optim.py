@@ -165,7 +165,7 @@ def separate_matrices(name, tensor):
 
 
 def test_three_steps_are_torchs_muon_on_every_matrix_alone():
-    config = TrainConfig(optimizer="muon", weight_decay=0.3, muon_momentum=0.8)
+    config = TrainConfig(optimizer="muon", weight_decay=10.0, muon_momentum=0.8)
     model = Transformer(MODEL).reset_parameters()
     optimizer = make_optimizer(model, config, torch.bfloat16)
     chosen = {id(parameter) for group in optimizer.param_groups if group["muon"] for parameter in group["params"]}
@@ -176,7 +176,7 @@ def test_three_steps_are_torchs_muon_on_every_matrix_alone():
     }
     # torch's takes single matrices only, and does its products in bfloat16.
     theirs = torch.optim.Muon(
-        [copy for copies in alone.values() for copy in copies], lr=1.0, weight_decay=0.3, momentum=0.8, ns_steps=5
+        [copy for copies in alone.values() for copy in copies], lr=1.0, weight_decay=10.0, momentum=0.8, ns_steps=5
     )
     for rate in (0.02, 0.05, 0.01):
         for group in (*optimizer.param_groups, *theirs.param_groups):
