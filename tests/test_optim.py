@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 from tiny_run import MODEL, tiny_config, weights_of
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_lm.config import TrainConfig
 from moe_lm.model import Transformer
 from moe_lm.model.attention import whole_rows
 from moe_lm.train import Trainer
-from moe_lm.train.muon import orthogonalize
+from moe_lm.train.muon import MuonAdamW, orthogonalize
 from moe_lm.train.optim import make_optimizer
 from moe_lm.train.schedule import learning_rate
 
@@ -191,6 +192,17 @@ def test_three_steps_are_torchs_muon_on_every_matrix_alone():
     for name, parameter in weights.items():
         for matrix, copy in zip(separate_matrices(name, parameter), alone[name], strict=True):
             torch.testing.assert_close(matrix, copy, rtol=0, atol=2e-3, msg=name)
+
+
+def test_muon_reads_no_value_back():
+    """On a GPU it would wait for one; fake tensors refuse to give any."""
+    with FakeTensorMode(), torch.no_grad():
+        weight = torch.nn.Parameter(torch.empty(4, 48, 16))
+        group = {"params": [weight], "rows": [[24, 24]], "muon": True, "momentum": 0.9, "weight_decay": 0.1}
+        optimizer = MuonAdamW([group], torch.bfloat16, lr=0.01)
+        weight.grad = torch.empty_like(weight)
+        optimizer.muon_step(optimizer.param_groups[0])
+        assert weight.grad is None
 
 
 def test_muon_leaves_the_rest_to_adamw():
