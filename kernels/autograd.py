@@ -1,12 +1,11 @@
-"""The fast operations as torch.library custom ops with fakes and gradients.
+"""The fast operations as custom operators of torch, with fakes and gradients.
 
 torch.compile, fake tensors and autograd see each as one opaque node. An implementation asks the registry again, so the
 backend that `use_backend` forces holds inside as well. Gradients that an operation saves for are made in its own dtype.
 """
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 from kernels import registry
 
@@ -16,7 +15,7 @@ def implementation(op: str, *args) -> object:
     return registry.module(registry.select(op, args), op)
 
 
-@custom_op("moe_kernels::rms_norm_forward", mutates_args=())
+@library.custom_op("moe_kernels::rms_norm_forward", mutates_args=())
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return implementation("rms_norm", x, weight, eps).rms_norm_forward(x, weight, eps)
 
@@ -26,7 +25,7 @@ def _(x, weight, eps):
     return torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
 
 
-@custom_op("moe_kernels::rms_norm_backward", mutates_args=())
+@library.custom_op("moe_kernels::rms_norm_backward", mutates_args=())
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     return implementation("rms_norm", x, weight, 0.0).rms_norm_backward(grad.contiguous(), x, weight, r)
 
@@ -52,7 +51,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rms_norm_forward(x, weight, eps)[0]
 
 
-@custom_op("moe_kernels::rope", mutates_args=())
+@library.custom_op("moe_kernels::rope", mutates_args=())
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return implementation("rope", x, cos, sin).rope(x, cos, sin)
 
@@ -74,7 +73,7 @@ def _rope_backward(ctx, grad):
 rope.register_autograd(_rope_backward, setup_context=_rope_setup)
 
 
-@custom_op("moe_kernels::route", mutates_args=())
+@library.custom_op("moe_kernels::route", mutates_args=())
 def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return implementation("route", logits, top_k).route(logits, top_k)
 
@@ -86,7 +85,7 @@ def _(logits, top_k):
     return logits.new_empty(N, top_k), index, index.new_empty(N * top_k), index.new_empty(E + 1)
 
 
-@custom_op("moe_kernels::route_backward", mutates_args=())
+@library.custom_op("moe_kernels::route_backward", mutates_args=())
 def route_backward(grad_weights: Tensor, weights: Tensor, experts: Tensor, num_experts: int) -> Tensor:
     module = registry.module(registry.select("route", (weights, num_experts)), "route")
     return module.route_backward(grad_weights, weights, experts, num_experts)
@@ -110,7 +109,7 @@ def _route_backward(ctx, grad_weights, *_):
 route.register_autograd(_route_backward, setup_context=_route_setup)
 
 
-@custom_op("moe_kernels::grouped_gemm", mutates_args=())
+@library.custom_op("moe_kernels::grouped_gemm", mutates_args=())
 def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return implementation("grouped_gemm", x, weight, offsets).grouped_gemm(x, weight, offsets)
 
@@ -120,7 +119,7 @@ def _(x, weight, offsets):
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-@custom_op("moe_kernels::grouped_gemm_backward", mutates_args=())
+@library.custom_op("moe_kernels::grouped_gemm_backward", mutates_args=())
 def grouped_gemm_backward(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     return implementation("grouped_gemm", x, weight, offsets).grouped_gemm_backward(grad, x, weight, offsets)
 
@@ -141,7 +140,7 @@ def _grouped_gemm_backward(ctx, grad):
 grouped_gemm.register_autograd(_grouped_gemm_backward, setup_context=_grouped_gemm_setup)
 
 
-@custom_op("moe_kernels::expert_mlp_forward", mutates_args=())
+@library.custom_op("moe_kernels::expert_mlp_forward", mutates_args=())
 def expert_mlp_forward(
     x: Tensor, weights: Tensor, experts: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,11 +151,11 @@ def expert_mlp_forward(
 @expert_mlp_forward.register_fake
 def _(x, weights, experts, order, offsets, gate_up, down):
     # How many blocks of rows there are depends on the routing.
-    blocks, rows = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
+    blocks, rows = (library.get_ctx().new_dynamic_size() for _ in range(2))
     return torch.empty_like(x), x.new_empty(blocks, rows, gate_up.shape[1]), x.new_empty(blocks * rows, x.shape[1])
 
 
-@custom_op("moe_kernels::expert_mlp_backward", mutates_args=())
+@library.custom_op("moe_kernels::expert_mlp_backward", mutates_args=())
 def expert_mlp_backward(
     grad: Tensor, x: Tensor, weights: Tensor, experts: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor,
     down: Tensor, hidden: Tensor, y: Tensor,
@@ -187,7 +186,7 @@ def expert_mlp(*args: Tensor) -> Tensor:
     return expert_mlp_forward(*args)[0]
 
 
-@custom_op("moe_kernels::attention_forward", mutates_args=())
+@library.custom_op("moe_kernels::attention_forward", mutates_args=())
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
     return implementation("attention", q, k, v, documents).attention_forward(q, k, v, documents)
 
@@ -197,7 +196,7 @@ def _(q, k, v, documents):
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@custom_op("moe_kernels::attention_backward", mutates_args=())
+@library.custom_op("moe_kernels::attention_backward", mutates_args=())
 def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -226,7 +225,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tens
     return attention_forward(q, k, v, documents)[0]
 
 
-@custom_op("moe_kernels::cross_entropy_with_grads", mutates_args=())
+@library.custom_op("moe_kernels::cross_entropy_with_grads", mutates_args=())
 def cross_entropy_with_grads(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return implementation("cross_entropy", x, weight, targets).cross_entropy_with_grads(x, weight, targets)
 
@@ -254,7 +253,7 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy_with_grads(x, weight, targets)[0]
 
 
-@custom_op("moe_kernels::paged_attention", mutates_args=())
+@library.custom_op("moe_kernels::paged_attention", mutates_args=())
 def paged_attention(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, query_offsets: Tensor, lengths: Tensor
 ) -> Tensor:

@@ -1,38 +1,44 @@
+"""Fixtures of several files. What costs an import of torch is imported where it is used: the house rules of
+test_architecture.py read sources only, and hold where nothing is installed."""
+
 import dataclasses
 import functools
+import importlib.util
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from hub_models import SMALL, TEXTS, random_model
-from tiny_run import fresh_process, tiny_config, write_corpus
-
-from moe_lm.checkpoint import save_hf
-from moe_lm.data import prepare_data
-from moe_lm.data.tokenizer import train_tokenizer
-from moe_lm.train import Trainer
-from moe_lm.train.metrics import read_metrics
 
 
 @pytest.fixture(autouse=True)
 def _same_start():
-    torch.manual_seed(0)
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
+    from tiny_run import write_corpus
+
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="session")
 def data(corpus):
+    from moe_lm.data import prepare_data
+
     return prepare_data(corpus, 300)
 
 
 @pytest.fixture(scope="session")
 def whole(data, tmp_path_factory):
     """A function from settings to the directory of an uninterrupted run with them, its trainer and its lines."""
+    from tiny_run import fresh_process, tiny_config
+
+    from moe_lm.train import Trainer
+    from moe_lm.train.metrics import read_metrics
 
     @functools.cache
     def run(**changes):
@@ -47,6 +53,8 @@ def whole(data, tmp_path_factory):
 
 @pytest.fixture
 def one_process():
+    from tiny_run import fresh_process
+
     with fresh_process():
         yield
 
@@ -59,7 +67,9 @@ def offline(monkeypatch):
 
 @pytest.fixture(scope="module")
 def one_thread():
-    # Products this small take longer to hand out than to compute, several times so on a busy machine.
+    """Products this small take longer to hand out than to compute, several times so on a busy machine."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -68,11 +78,20 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    from hub_models import TEXTS
+
+    from moe_lm.data.tokenizer import train_tokenizer
+
     return train_tokenizer(TEXTS * 2, 260)
 
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory, tokenizer):
+    """A directory with a saved model of every family."""
+    from hub_models import SMALL, random_model
+
+    from moe_lm.checkpoint import save_hf
+
     directory = tmp_path_factory.mktemp("saved")
     for name, config in SMALL.items():
         (directory / name).mkdir()
