@@ -40,9 +40,8 @@ def main(argv: list[str]) -> int:
     draft = run.draft_config(config, args.config_path, run_dir)
     run.open_run(run_dir, config, draft)
     data = run.prepare(config, run_dir, say)
-    run.write_configs(run_dir, config, draft)
     try:
-        trained = [run.train(config, run_dir, data, say)]
+        trained = [run.train(config, run_dir, data, say, draft)]
         if trained[0] and draft:
             trained.append(run.train(draft, run_dir / "draft", data, say))
     except NotFinite as error:

@@ -199,3 +199,10 @@ def test_a_run_without_a_checkpoint_says_so(data, tmp_path):
     with pytest.raises(NotFinite, match=r"^step 1: loss = nan.*it has no checkpoint"):
         trainer.run()
     assert checkpoints(tmp_path) == []
+
+
+def test_a_run_with_muon_is_told_of_both_rates(data, tmp_path):
+    trainer = Trainer(tiny_config(data.config, optimizer="muon"), tmp_path, data)
+    spoil_loss(trainer, 1)
+    with pytest.raises(NotFinite, match=r"learning_rate below 0\.01 or a train\.muon_learning_rate below 0\.01\.$"):
+        trainer.run()

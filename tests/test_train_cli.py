@@ -191,6 +191,7 @@ def test_what_cannot_work_is_one_line_and_status_2(call, place, finished):
         if "device" not in message:  # which is found out after the data were prepared
             assert len(err.splitlines()) == 1
     assert not (place / "x").exists()
+    assert not (place / "runs" / "device" / "config.toml").exists()
     assert (finished[0] / "config.toml").read_text() == before
 
 

@@ -53,6 +53,7 @@ def expert_mlp(
 def one_by_one(
     x: Tensor, weights: Tensor, experts: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
+    """Output (N, D), from a GEMM for each chosen expert: what no token chose is not read from memory."""
     starts, _ = padded_layout(offsets.diff().tolist())
     tokens, row_of_slot = place(experts, order, offsets, torch.tensor(starts[:-1]), starts[-1])
     rows = x.index_select(0, tokens)

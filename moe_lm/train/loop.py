@@ -174,9 +174,11 @@ class Trainer:
             if not math.isfinite(metrics[name]):
                 saved = checkpoints(self.run_dir)
                 newest = f"its newest checkpoint is of step {step_of(saved[-1])}" if saved else "it has no checkpoint"
+                train = self.config.train
+                muon = f" or a train.muon_learning_rate below {train.muon_learning_rate}"
                 raise NotFinite(
                     f"step {step}: {name} = {metrics[name]}, so {self.run_dir} stops and {newest}: go on with a "
-                    f"train.learning_rate below {self.config.train.learning_rate}."
+                    f"train.learning_rate below {train.learning_rate}{muon if train.optimizer == 'muon' else ''}."
                 )
 
     def evaluate(self) -> dict[str, Any]:

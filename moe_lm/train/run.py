@@ -69,9 +69,9 @@ def draft_config(config: RunConfig, config_path: Path, run_dir: Path) -> RunConf
     """
     if config.draft is None:
         return None
-    copy = run_dir / "draft" / CONFIG_FILE
-    if copy.exists():
-        began = load_config(run_dir / CONFIG_FILE).draft
+    own, copy = run_dir / CONFIG_FILE, run_dir / "draft" / CONFIG_FILE
+    if own.exists() and copy.exists():
+        began = load_config(own).draft
         require(
             began in (None, config.draft),
             f"draft = {config.draft} is not the {began} that {run_dir} began with: resume without --draft, or with "
@@ -91,7 +91,7 @@ def draft_config(config: RunConfig, config_path: Path, run_dir: Path) -> RunConf
 
 
 def open_run(run_dir: Path, config: RunConfig, draft: RunConfig | None) -> None:
-    """Make the directories.
+    """Make the directories. They are a run only once `train` has written its config there.
 
     Raises ConfigError for a model that cannot be saved and for a directory that cannot be written.
     """
@@ -100,16 +100,6 @@ def open_run(run_dir: Path, config: RunConfig, draft: RunConfig | None) -> None:
             check_exportable(settings.model)
             with writable(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-
-
-def write_configs(run_dir: Path, config: RunConfig, draft: RunConfig | None) -> None:
-    """Write the configs that are not there: from now on the directory is a run, which can be resumed from the start.
-
-    That is not before the data is prepared, so that a run that failed there leaves its name free.
-    """
-    for folder, settings in ((run_dir, config), (run_dir / "draft", draft)):
-        if settings is not None and not (folder / CONFIG_FILE).exists():
-            write_config(folder, settings)
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
@@ -125,14 +115,20 @@ def writable(folder: Path) -> Iterator[None]:
         raise ConfigError(f"run_dir = {folder} cannot be written: {error.strerror}.") from None
 
 
-def train(config: RunConfig, run_dir: Path, data: PreparedData, say: Callable[[str], None]) -> TrainedModel | None:
+def train(
+    config: RunConfig, run_dir: Path, data: PreparedData, say: Callable[[str], None], draft: RunConfig | None = None
+) -> TrainedModel | None:
     """Train the model of `config` to its end, from its newest checkpoint if it has one; None if asked to stop before.
 
-    Raises what Trainer.run raises.
+    `draft` is the run to be trained after it, whose config is kept with it. Raises what Trainer.run raises.
     """
     counts = parameters(config.model)
     trainer = Trainer(config, run_dir, data)
-    write_config(run_dir, config)  # resumed, a run may have new settings: now they are known to fit its checkpoint
+    # Only now are the settings known to fit the data, the device and the checkpoint: a run refused before leaves its
+    # name free, or its config as it was. The draft's comes first, since a directory with a config is resumed.
+    if draft is not None:
+        write_config(run_dir / "draft", draft)
+    write_config(run_dir, config)
     kind = f"{config.model.num_local_experts} experts, top-{config.model.num_experts_per_tok}"
     say(
         f"{run_dir}: {counts.total / 1e6:.1f}M parameters, {counts.active / 1e6:.1f}M active per token "
