@@ -8,6 +8,7 @@ Every operation picks its backend by device, dtype and shape (`registry.explain`
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from kernels import registry
@@ -16,7 +17,7 @@ from kernels.registry import explain, select, use_backend
 __version__ = "0.1.0"
 __all__ = [
     "Routing", "attention", "cross_entropy", "expert_mlp", "explain", "grouped_gemm", "paged_attention", "rms_norm",
-    "rope", "route", "select", "use_backend",
+    "rope", "rope_append", "route", "select", "use_backend",
 ]  # fmt: skip
 
 
@@ -36,12 +37,13 @@ class Routing(NamedTuple):
     """(E + 1,) int64, expert e owns order[offsets[e] : offsets[e + 1]]."""
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019, eq. 4).
 
-    x (..., D), weight (D,) -> (..., D) in x's dtype; the mean square is taken in float32.
+    x (..., D), weight (D,) -> (..., D) in x's dtype; the mean square is taken in float32. With `residual` (..., D) of
+    x's dtype it is the norm of their sum, in that dtype, which is returned as well: (normed, x + residual).
     """
-    return registry.call("rms_norm", x, weight, eps)
+    return registry.call("rms_norm", x, weight, eps, residual)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -50,6 +52,24 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x (N, H, C), cos and sin (N, C / 2) float32 -> (N, H, C) in x's dtype.
     """
     return registry.call("rope", x, cos, sin)
+
+
+def rope_append(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_pages: Tensor, v_pages: Tensor,
+    slots: Tensor, k_scales: Tensor | None = None, v_scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Rotate the queries and keys of new tokens, and write their keys and values into a paged cache.
+
+    q (n, H, C), k and v (n, G, C), cos and sin (n, C / 2) float32, k_pages and v_pages (pages, P, G, C), slots (n,)
+    int64, distinct: token i goes to row slots[i] % P of page slots[i] // P, or nowhere if that is negative -> the
+    rotated queries (n, H, C) in q's dtype. No gradient.
+
+    int8 pages take k_scales and v_scales (pages, P, G) float32: a head's scale is its largest magnitude / 127, or 1 if
+    that is 0, and its channels are floor(x / scale + 0.5), of x as rounded to k's dtype.
+    """
+    if (k_pages.dtype == torch.int8) != (k_scales is not None and v_scales is not None):
+        raise ValueError(f"rope_append: int8 pages, and no others, take k_scales and v_scales: got {k_pages.dtype}.")
+    return registry.call("rope_append", q, k, v, cos, sin, k_pages, v_pages, slots, k_scales, v_scales)
 
 
 def route(logits: Tensor, top_k: int) -> Routing:
@@ -86,8 +106,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) 
 
 
 def paged_attention(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, query_offsets: Tensor, lengths: Tensor
-) -> Tensor:
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, query_offsets: Tensor, lengths: Tensor,
+    k_scales: Tensor | None = None, v_scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Causal attention of new tokens against a paged cache that already holds their keys (Kwon et al. 2023).
 
     Sequence s brings the queries q[query_offsets[s] : query_offsets[s + 1]], its last ones of `lengths[s]` tokens;
@@ -96,8 +117,10 @@ def paged_attention(
     q (N, H, C), k_pages and v_pages (pages, P, G, C), page_table (S, pages per sequence) int64, query_offsets
     (S + 1,) int64, lengths (S,) int64 -> (N, H, C) in q's dtype. No gradient. A query's result depends on its own
     sequence alone: neither batch-mates nor the number of queries beside it change a bit of it.
+
+    Pages of int8 come with k_scales and v_scales (pages, P, G) float32, by which each token's head is multiplied.
     """
-    return registry.call("paged_attention", q, k_pages, v_pages, page_table, query_offsets, lengths)
+    return registry.call("paged_attention", q, k_pages, v_pages, page_table, query_offsets, lengths, k_scales, v_scales)
 
 
 def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -25,13 +25,26 @@ def _(x, weight, eps):
     return torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
 
 
+@library.custom_op("moe_kernels::add_rms_norm_forward", mutates_args=())
+def add_rms_norm_forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return implementation("rms_norm", x, weight, eps, residual).add_rms_norm_forward(x, weight, eps, residual)
+
+
+@add_rms_norm_forward.register_fake
+def _(x, weight, eps, residual):
+    return torch.empty_like(x), torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+
+
 @library.custom_op("moe_kernels::rms_norm_backward", mutates_args=())
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    return implementation("rms_norm", x, weight, 0.0).rms_norm_backward(grad.contiguous(), x, weight, r)
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, r: Tensor, grad_sum: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    module = implementation("rms_norm", x, weight, 0.0)
+    return module.rms_norm_backward(grad.contiguous(), x, weight, r, grad_sum)
 
 
 @rms_norm_backward.register_fake
-def _(grad, x, weight, r):
+def _(grad, x, weight, r, grad_sum):
     return torch.empty_like(x), torch.empty_like(weight)
 
 
@@ -41,14 +54,30 @@ def _rms_norm_setup(ctx, inputs, output):
 
 
 def _rms_norm_backward(ctx, grad, _):
-    return *rms_norm_backward(grad, *ctx.saved_tensors), None
+    return *rms_norm_backward(grad, *ctx.saved_tensors, None), None
 
 
 rms_norm_forward.register_autograd(_rms_norm_backward, setup_context=_rms_norm_setup)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return rms_norm_forward(x, weight, eps)[0]
+def _add_rms_norm_setup(ctx, inputs, output):
+    _, total, r = output
+    ctx.save_for_backward(total, inputs[1], r)
+    ctx.mark_non_differentiable(r)
+
+
+def _add_rms_norm_backward(ctx, grad, grad_sum, _):
+    grad_total, grad_weight = rms_norm_backward(grad, *ctx.saved_tensors, grad_sum)
+    return grad_total, grad_weight, None, grad_total
+
+
+add_rms_norm_forward.register_autograd(_add_rms_norm_backward, setup_context=_add_rms_norm_setup)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    if residual is None:
+        return rms_norm_forward(x, weight, eps)[0]
+    return add_rms_norm_forward(x, weight, eps, residual)[:2]
 
 
 @library.custom_op("moe_kernels::rope", mutates_args=())
@@ -71,6 +100,20 @@ def _rope_backward(ctx, grad):
 
 
 rope.register_autograd(_rope_backward, setup_context=_rope_setup)
+
+
+@library.custom_op("moe_kernels::rope_append", mutates_args=("k_pages", "v_pages", "k_scales", "v_scales"))
+def rope_append(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_pages: Tensor, v_pages: Tensor,
+    slots: Tensor, k_scales: Tensor | None, v_scales: Tensor | None,
+) -> Tensor:  # fmt: skip
+    args = (q, k, v, cos, sin, k_pages, v_pages, slots, k_scales, v_scales)
+    return implementation("rope_append", *args).rope_append(*args)
+
+
+@rope_append.register_fake
+def _(q, k, v, cos, sin, k_pages, v_pages, slots, k_scales, v_scales):
+    return q.new_empty(q.shape)
 
 
 @library.custom_op("moe_kernels::route", mutates_args=())
@@ -150,7 +193,10 @@ def expert_mlp_forward(
 
 @expert_mlp_forward.register_fake
 def _(x, weights, experts, order, offsets, gate_up, down):
-    # How many blocks of rows there are depends on the routing.
+    backend = registry.select("expert_mlp", (x, weights, experts, order, offsets, gate_up, down))
+    if backend == "gpu":
+        return torch.empty_like(x), x.new_empty(order.shape[0], gate_up.shape[1]), x.new_empty(0)
+    # On the CPU how many blocks of rows there are depends on the routing.
     blocks, rows = (library.get_ctx().new_dynamic_size() for _ in range(2))
     return torch.empty_like(x), x.new_empty(blocks, rows, gate_up.shape[1]), x.new_empty(blocks * rows, x.shape[1])
 
@@ -255,12 +301,13 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 @library.custom_op("moe_kernels::paged_attention", mutates_args=())
 def paged_attention(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, query_offsets: Tensor, lengths: Tensor
-) -> Tensor:
-    args = (q, k_pages, v_pages, page_table, query_offsets, lengths)
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, query_offsets: Tensor, lengths: Tensor,
+    k_scales: Tensor | None = None, v_scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    args = (q, k_pages, v_pages, page_table, query_offsets, lengths, k_scales, v_scales)
     return implementation("paged_attention", *args).paged_attention(*args)
 
 
 @paged_attention.register_fake
-def _(q, k_pages, v_pages, page_table, query_offsets, lengths):
+def _(q, k_pages, v_pages, page_table, query_offsets, lengths, k_scales=None, v_scales=None):
     return torch.empty_like(q)

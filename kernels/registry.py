@@ -1,8 +1,9 @@
 """Which backend runs an operation, and why.
 
-A backend is a package of modules, one per operation, each with a function of the operation's name. A fast module also
-says what it cannot take: `unsupported(*args) -> str | None`. The choice is made from the arguments, never by trying:
-the first backend of the device's list that supports them runs, and a fall to the plain reference is said once.
+A backend is a package of modules, one per operation, each with a function of the operation's name. A fast package says
+on which devices it does not run, `unavailable(device) -> str | None`, and a fast module what it cannot take,
+`unsupported(*args) -> str | None`. The choice is made from the arguments, never by trying: the first backend of the
+device's list that supports them runs, and a fall to the plain reference is said once.
 """
 
 import contextlib
@@ -15,8 +16,10 @@ from typing import Any
 
 import torch
 
-BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("reference",), "meta": ("reference",)}
-"""Backends of each device type, fastest first."""
+BACKENDS: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"), "cuda": ("gpu", "reference"), "meta": ("reference",)
+}  # fmt: skip
+"""Backends that are tried on each device type, fastest first."""
 
 _forced: str | None = None
 """What `use_backend` asks for: one for the process, since on a GPU autograd's backward runs in a thread of its own."""
@@ -36,14 +39,18 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-_modules: dict[tuple[str, str], ModuleType] = {}
+_modules: dict[str, ModuleType] = {}
 
 
 def module(backend: str, op: str) -> ModuleType:
+    return _import(f"{backend}.{op}")
+
+
+def _import(name: str) -> ModuleType:
     # A dict, not functools.cache, into which torch.compile does not trace.
-    if (backend, op) not in _modules:
-        _modules[backend, op] = importlib.import_module(f"kernels.{backend}.{op}")
-    return _modules[backend, op]
+    if name not in _modules:
+        _modules[name] = importlib.import_module(f"kernels.{name}")
+    return _modules[name]
 
 
 def device_of(args: tuple[Any, ...]) -> torch.device:
@@ -52,12 +59,9 @@ def device_of(args: tuple[Any, ...]) -> torch.device:
 
 def reason_against(backend: str, op: str, args: tuple[Any, ...]) -> str | None:
     """Why `backend` cannot run `op` on these arguments; None if it can."""
-    device = device_of(args).type
-    if backend not in BACKENDS.get(device, ("reference",)):
-        return f"does not run on {device}"
     if backend == "reference":
         return None
-    return module(backend, op).unsupported(*args)
+    return _import(backend).unavailable(device_of(args)) or module(backend, op).unsupported(*args)
 
 
 def select(op: str, args: tuple[Any, ...]) -> str:
@@ -73,7 +77,7 @@ def select(op: str, args: tuple[Any, ...]) -> str:
             if reasons:
                 _warn_once(f"{op} runs on its plain reference: " + "; ".join(reasons) + ".")
             return backend
-        reason = module(backend, op).unsupported(*args)
+        reason = reason_against(backend, op, args)
         if reason is None:
             return backend
         reasons.append(f"{backend} {reason}")
@@ -112,11 +116,11 @@ def needs_custom_op(args: tuple[Any, ...]) -> bool:
 def call(op: str, *args: Any) -> Any:
     """Run `op` on the selected backend; through its custom op where something must look at it."""
     backend = select(op, args)
-    if backend == "reference":
-        # Plain torch: autograd, compilers and fake tensors see through it.
-        return getattr(module(backend, op), op)(*args)
-    if needs_custom_op(args):
-        from kernels import autograd
+    implementation = module(backend, op)
+    # Plain torch: autograd, compilers and fake tensors see through it.
+    plain = backend == "reference" or getattr(implementation, "PLAIN", False)
+    if plain or not needs_custom_op(args):
+        return getattr(implementation, op)(*args)
+    from kernels import autograd
 
-        return getattr(autograd, op)(*args)
-    return getattr(module(backend, op), op)(*args)
+    return getattr(autograd, op)(*args)

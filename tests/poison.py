@@ -9,7 +9,7 @@ MARGIN = 64
 
 def poisoned(x: Tensor) -> Tensor:
     """A contiguous copy of x (any float dtype) with NaN before and after it in memory."""
-    buffer = torch.full((x.numel() + 2 * MARGIN,), float("nan"), dtype=x.dtype)
+    buffer = torch.full((x.numel() + 2 * MARGIN,), float("nan"), dtype=x.dtype, device=x.device)
     inside = buffer[MARGIN : MARGIN + x.numel()].view(x.shape)
     inside.copy_(x)
     inside.buffer = buffer

@@ -323,15 +323,21 @@ def test_the_reference_backend_trains_the_same_model(name):
 def test_the_backend_is_chosen_from_the_arguments():
     x, weight = torch.randn(4, 32), torch.ones(32)
     assert kernels.select("rms_norm", (x, weight, 1e-5)) == "cpu"
-    assert kernels.explain("rms_norm", (x, weight, 1e-5)) == {"cpu": "chosen", "reference": "available"}
+    said = kernels.explain("rms_norm", (x, weight, 1e-5))
+    assert said.pop("gpu") != "chosen"
+    assert said == {"cpu": "chosen", "reference": "available"}
     with kernels.use_backend("reference"):
-        assert kernels.explain("rms_norm", (x, weight, 1e-5)) == {"cpu": "available", "reference": "chosen"}
-    on_meta = (x.to("meta"), weight.to("meta"), 1e-5)
-    assert kernels.explain("rms_norm", on_meta) == {"cpu": "does not run on meta", "reference": "chosen"}
+        said = kernels.explain("rms_norm", (x, weight, 1e-5))
+    assert (said["cpu"], said["reference"]) == ("available", "chosen")
+    said = kernels.explain("rms_norm", (x.to("meta"), weight.to("meta"), 1e-5))
+    assert (said["cpu"], said["reference"]) == ("does not run on meta", "chosen")
 
 
 def test_a_backend_that_cannot_run_is_refused_and_not_replaced():
-    with pytest.raises(ValueError, match="'tpu' is unknown; choose one of cpu, reference"), kernels.use_backend("tpu"):
+    with (
+        pytest.raises(ValueError, match="'tpu' is unknown; choose one of cpu, gpu, reference"),
+        kernels.use_backend("tpu"),
+    ):
         pass
     weight = torch.ones(32)
     with kernels.use_backend("cpu"):
@@ -359,8 +365,8 @@ def test_a_fall_to_the_reference_is_said_once():
 # What a compiler and a counter see
 
 TRAINING_OPS = {
-    "rms_norm_forward", "rms_norm_backward", "rope", "route", "route_backward", "expert_mlp_forward",
-    "expert_mlp_backward", "attention_forward", "attention_backward", "cross_entropy_with_grads",
+    "rms_norm_forward", "add_rms_norm_forward", "rms_norm_backward", "rope", "route", "route_backward",
+    "expert_mlp_forward", "expert_mlp_backward", "attention_forward", "attention_backward", "cross_entropy_with_grads",
 }  # fmt: skip
 
 

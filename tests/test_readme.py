@@ -39,6 +39,9 @@ SET_UP = "python3 -m venv .venv && .venv/bin/pip install -e "
 INSTALLS = {"train": f"{SET_UP}. && .venv/bin/python train.py", "test": f"{SET_UP}'.[test]' && .venv/bin/pytest"}
 
 FASTER = {
+    "kernels.bench": ["--quick", "--tokens", "32", "--hidden", "64", "--intermediate", "32"],
+    "kernels.bench --predict": [],
+    "kernels.check": ["--only", "rms norm"],
     "moe_lm.bench.speculation": ["--max-tokens", "8", "--repeats", "1"],
     "moe_lm.generate": ["--max-tokens", "16"],
 }
@@ -125,6 +128,8 @@ def test_the_two_commands_are_those_of_the_project():
         '/ruff" check .',
         '/ruff" format --check .',
         '/pytest"',
+        "-m kernels.check",
+        "-m kernels.check --self-test",
     ):
         assert step in checks, step
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
@@ -185,8 +190,20 @@ def test_measuring_command(command, here, monkeypatch, capfd):
     assert expected[words[1]] in shown
 
 
+@pytest.mark.parametrize("command", [command for command in RUN if command.startswith("python -m kernels.")])
+def test_kernel_command(command, here):
+    words = shlex.split(command)[1:]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    program = [sys.executable, *words, *FASTER[" ".join(words[1:3]) if "--predict" in words else words[1]]]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    expected = {"kernels.check": "\n0 of ", "kernels.bench": "expert_mlp"}
+    assert expected[words[1]] in done.stdout
+
+
 def test_every_command_that_runs_is_run_above():
-    kinds = ("python train.py", "python -m moe_lm.generate ", "python -m moe_lm.bench.")
+    kinds = ("python train.py", "python -m moe_lm.generate ", "python -m moe_lm.bench.", "python -m kernels.")
     assert all(command.startswith(kinds) for command in RUN)
 
 

@@ -8,5 +8,10 @@ import torch
 FLOAT_DTYPES = (torch.float32, torch.bfloat16)
 
 
+def unavailable(device: torch.device) -> str | None:
+    """Why no operation of this backend runs on `device`; None if they do."""
+    return None if device.type == "cpu" else f"does not run on {device.type}"
+
+
 def unsupported_dtype(x: torch.Tensor) -> str | None:
     return None if x.dtype in FLOAT_DTYPES else f"has float32 and bfloat16 only, not {x.dtype}"

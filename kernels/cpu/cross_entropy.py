@@ -41,5 +41,7 @@ def cross_entropy_with_grads(
             p.scatter_add_(1, index, p.new_full((), -1.0).expand_as(index))
             grad_logits = p.index_fill_(0, unscored, 0.0).to(x.dtype)
             grad_x[start : start + CHUNK] = grad_logits @ w
-            grad_weight += grad_logits.t() @ rows
+            # Nor may it be multiplied by a 0 here.
+            scored = rows.index_fill(0, unscored, 0.0) if len(unscored) else rows
+            grad_weight += grad_logits.t() @ scored
     return loss, grad_x, grad_weight

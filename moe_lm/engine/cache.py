@@ -8,7 +8,7 @@ from torch import Tensor
 
 import kernels
 from moe_lm.config import ModelConfig
-from moe_lm.model.attention import Attend
+from moe_lm.model.attention import Attend, Rotation
 
 PAGE_SIZE = 64
 
@@ -40,13 +40,13 @@ class KVCache:
         device = self.keys.device
         new = torch.arange(start, end, device=device)
         slots = self.page_table[0, new // PAGE_SIZE] * PAGE_SIZE + new % PAGE_SIZE
+        slots = torch.nn.functional.pad(slots, (0, rows - n), value=-1)
         offsets, lengths = torch.tensor([0, n], device=device), torch.tensor([end], device=device)
         self.length = end
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
             keys, values = self.keys[layer], self.values[layer]
-            keys.flatten(0, 1).index_copy_(0, slots, k[:n])
-            values.flatten(0, 1).index_copy_(0, slots, v[:n])
+            q = kernels.rope_append(q, k, v, *rotation, keys, values, slots)
             out = kernels.paged_attention(q[:n], keys, values, self.page_table, offsets, lengths)
             return out if rows == n else torch.cat([out, out[-1:].expand(rows - n, -1, -1)])
 

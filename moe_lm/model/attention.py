@@ -8,14 +8,23 @@ import kernels
 from moe_lm.config import ModelConfig
 from moe_lm.model.layers import Linear
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""attend(layer, q, k, v) -> (..., H, C): how new queries (..., H, C) meet the keys and values (..., G, C) that come
-with them and those of the past. `whole_rows` when training, a cache when serving."""
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines of the flattened positions, float32 (N, C / 2) each."""
+
+Attend = Callable[[int, Tensor, Tensor, Tensor, Rotation], Tensor]
+"""attend(layer, q, k, v, rotation) -> (..., H, C): how new queries (..., H, C) meet the keys and values (..., G, C)
+that come with them and those of the past. `whole_rows` when training, a cache when serving. Queries and keys come
+unturned, because turning them and writing a cache are one kernel."""
 
 
 def whole_rows(documents: Tensor | None = None) -> Attend:
     """Attention inside (B, T) rows, each token with the earlier ones of its document, documents (B, T) int64."""
-    return lambda layer, q, k, v: kernels.attention(q, k, v, documents)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+        q, k = (kernels.rope(x.flatten(0, -3), *rotation).view(x.shape) for x in (q, k))
+        return kernels.attention(q, k, v, documents)
+
+    return attend
 
 
 class Attention(nn.Module):
@@ -31,11 +40,8 @@ class Attention(nn.Module):
         self.qkv_proj = Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim)
         self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """x (..., D) -> (..., D), rotation: cosines and sines of the flattened positions."""
-        heads, kv_heads = self.heads, self.kv_heads
+    def forward(self, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
+        """x (..., D) -> (..., D)."""
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
-        qk, v = qkv.split([heads + kv_heads, kv_heads], dim=-2)
-        qk = kernels.rope(qk.flatten(0, -3), *rotation).view(qk.shape)
-        q, k = qk.split([heads, kv_heads], dim=-2)
-        return self.o_proj(attend(self.layer, q, k, v).flatten(-2))
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
+        return self.o_proj(attend(self.layer, q, k, v, rotation).flatten(-2))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import kernels
 from moe_lm.config import ModelConfig
-from moe_lm.model.attention import Attend, Attention, whole_rows
+from moe_lm.model.attention import Attend, Attention, Rotation, whole_rows
 from moe_lm.model.layers import Linear, RMSNorm, SwiGLU, rotary_angles
 from moe_lm.model.moe import MoE, Routed, expert_counts, load_balancing_loss, router_entropy, router_z_loss
 
@@ -44,9 +44,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config) if config.is_moe else SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Routed | None]:
-        x = x + self.self_attn(self.input_layernorm(x), rotation, attend)
-        normed = self.post_attention_layernorm(x)
+    def forward(self, x: Tensor, rotation: Rotation, attend: Attend) -> tuple[Tensor, Routed | None]:
+        attended = self.self_attn(self.input_layernorm(x), rotation, attend)
+        normed, x = self.post_attention_layernorm.after_adding(attended, x)
         y, routed = self.mlp(normed) if isinstance(self.mlp, MoE) else (self.mlp(normed), None)
         return x + y, routed
 

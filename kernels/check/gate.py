@@ -1,0 +1,97 @@
+"""From a recorded launch to the verdict on it, and the verdicts on all shipped configurations."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+from kernels.check import sass, table
+from kernels.check.compile import Build, assume_target, build, machine_code
+from kernels.check.rules import KB, Kernel, Spec, breaches, needs_code
+from kernels.gpu.launch import Launch, Target
+
+SIZES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "ROWS", "HEADS", "BLOCK_P", "BLOCK_C", "BLOCK_D", "BLOCK")
+"""Constants that a tile is named by."""
+
+
+class Row(NamedTuple):
+    """One piece of machine code and what the rules say of it."""
+
+    kernel: str
+    arch: str
+    """As sm_80."""
+    dtype: str
+    tile: str
+    breaches: dict[str, str]
+    """Rules that it breaks, and how."""
+    cases: list[str]
+    """Configurations that run it."""
+    registers: int | None = None
+    """This and the rest are None where the kernel does not compile, and those of the main loop where it has none."""
+    shared_kb: float | None = None
+    occupancy: int | None = None
+    mma: str | None = None
+    instructions: int | None = None
+    """In one trip through the main loop, of one warp."""
+    issue: float | None = None
+    shared_ratio: float | None = None
+    depth: int | None = None
+    in_flight_kb: float | None = None
+
+
+def read(launch: Launch, built: Build, spec: Spec, dtype: torch.dtype, gpu: Target) -> Kernel:
+    """What the rules look at."""
+    name = str(dtype).removeprefix("torch.")
+    flow = sass.parse(machine_code(built.cubin)) if needs_code(spec, name) else None
+    return Kernel(
+        name=table.name_of(launch), arch=gpu.arch, dtype=name, warps=launch.meta.get("num_warps", 4), spec=spec,
+        registers=built.registers, shared=built.shared, stack=built.stack, local=built.local,
+        specialised=built.specialised, whole=flow and sass.count([i for block in flow.blocks for i in block]),
+        body=flow and sass.main_loop(flow),
+    )  # fmt: skip
+
+
+def row(launch: Launch, kernel: Kernel | str, spec: Spec, dtype: torch.dtype, arch: int, cases: list[str]) -> Row:
+    """`kernel` as it was read, or why it does not compile."""
+    sizes = "x".join(str(launch.meta[name]) for name in SIZES if name in launch.meta) or "-"
+    stages = f" s{launch.meta['num_stages']}" if "num_stages" in launch.meta else ""
+    found = Row(
+        table.name_of(launch), f"sm_{arch}", "-" if spec.kind == "small" else str(dtype).removeprefix("torch."),
+        f"{sizes} w{launch.meta.get('num_warps', 4)}{stages}", {}, cases,
+    )  # fmt: skip
+    if isinstance(kernel, str):
+        return found._replace(breaches={"COMPILE": kernel})
+    found = found._replace(
+        breaches=breaches(kernel), registers=kernel.registers, shared_kb=kernel.shared / KB, occupancy=kernel.occupancy
+    )
+    if kernel.limits is None or kernel.body is None:
+        return found
+    return found._replace(
+        mma="+".join(sorted(kernel.body.mma)), instructions=kernel.body.instructions, issue=kernel.issue,
+        shared_ratio=kernel.shared_ratio, depth=kernel.depth, in_flight_kb=kernel.in_flight_kb,
+    )  # fmt: skip
+
+
+def check(arch: int, only: str = "") -> list[Row]:
+    """The verdicts on the shipped configurations with `only` in their name. For one architecture per process."""
+    assume_target(arch)
+    gpu = table.GPUS[arch]
+    # By machine code and what is asked of it, of which many launches share the same.
+    found: dict[tuple[int | str, Spec], tuple[Launch, Kernel | str, torch.dtype, dict[str, None]]] = {}
+    for case in table.cases(only):
+        for launch in table.launches(case, gpu):
+            spec = table.spec(launch, case.dtype, gpu)
+            try:
+                built = build(launch)
+            except (RuntimeError, triton.TritonError) as error:
+                key, kernel = table.name_of(launch), str(error).strip().rpartition("\n")[2] or type(error).__name__
+            else:
+                key, kernel = id(built), None
+            if (key, spec) not in found:
+                kernel = kernel or read(launch, built, spec, case.dtype, gpu)
+                found[key, spec] = launch, kernel, case.dtype, {}
+            found[key, spec][-1][case.name] = None
+    return [
+        row(launch, kernel, spec, dtype, arch, list(names))
+        for (_, spec), (launch, kernel, dtype, names) in found.items()
+    ]  # fmt: skip
