@@ -8,6 +8,7 @@ import importlib.util
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,11 +182,16 @@ def run(arch: int, only: str = "") -> list[Result]:
 
 
 def result(mutation: Mutation, rule: str, gpu: Target) -> Result:
-    good, bad = broken(mutation, shipped(mutation, gpu), gpu), broken(mutation, mutation.make(mutation, gpu), gpu)
-    noticed = rule in bad and rule not in good
+    bad = broken(mutation.make(mutation, gpu), mutation.case.dtype, gpu)
+    noticed = rule in bad and rule not in unbroken(mutation.case, mutation.kernel, gpu)
     return Result(mutation.mistake, f"sm_{gpu.arch}", mutation.kernel, rule, list(bad), noticed)
 
 
-def broken(mutation: Mutation, launch: Launch, gpu: Target) -> dict[str, str]:
-    dtype = mutation.case.dtype
+@cache
+def unbroken(case: Case, kernel: str, gpu: Target) -> dict[str, str]:
+    """The rules that a kernel breaks as it is shipped."""
+    return broken(pick(table.launches(case, gpu), kernel), case.dtype, gpu)
+
+
+def broken(launch: Launch, dtype: torch.dtype, gpu: Target) -> dict[str, str]:
     return breaches(read(launch, build(launch), table.spec(launch, dtype, gpu), dtype, gpu))
