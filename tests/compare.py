@@ -9,6 +9,7 @@ import torch
 from poison import assert_margins_untouched, poisoned
 from torch import Tensor
 
+import kernels
 from kernels import use_backend
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -52,6 +53,23 @@ def check(
     with torch.inference_mode():
         for i, (again, true) in enumerate(zip(several(op(*given.values(), *fixed)), trues, strict=True)):
             assert_near(again, true, dtype, f"out {i} without gradients", floor)
+
+
+def check_route(logits: Tensor, K: int) -> None:
+    """The chosen backend's routing of logits (N, E), and the gradient of its weights, against the reference's."""
+    logits = poisoned(logits).requires_grad_()
+    twin = logits.detach().clone().requires_grad_()
+    routing = kernels.route(logits, K)
+    with use_backend("reference"):
+        true = kernels.route(twin, K)
+    for got, want in zip(routing[1:], true[1:], strict=True):
+        assert torch.equal(got, want)
+    torch.testing.assert_close(routing.weights, true.weights)
+    gradient = torch.randn_like(true.weights)
+    routing.weights.backward(gradient)
+    true.weights.backward(gradient)
+    torch.testing.assert_close(logits.grad, twin.grad)
+    assert_margins_untouched(logits)
 
 
 def several(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

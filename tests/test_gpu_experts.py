@@ -7,10 +7,9 @@ import math
 import pytest
 import torch
 import triton_device  # before any kernel: it decides how they run
-from compare import DTYPES, assert_near, check
+from compare import DTYPES, assert_near, check, check_route
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from poison import poisoned
 from torch import Tensor
 
 import kernels
@@ -57,19 +56,7 @@ def make_routing(kind: str, N: int, E: int, K: int) -> Routing:
     ("N", "E", "K"), [(0, 4, 2), (1, 1, 1), (1, 16, 2), (63, 16, 2), (200, 8, 4), (130, 64, 1), (65, 24, 3)]
 )
 def test_route(N, E, K, gpu):
-    logits = (randn(N, E) * 2).round()  # few values: many ties
-    logits = poisoned(logits).requires_grad_()
-    twin = logits.detach().clone().requires_grad_()
-    routing = kernels.route(logits, K)
-    with use_backend("reference"):
-        true = kernels.route(twin, K)
-    for got, want in zip(routing[1:], true[1:], strict=True):
-        assert torch.equal(got, want)
-    torch.testing.assert_close(routing.weights, true.weights)
-    gradient = randn(N, K)
-    routing.weights.backward(gradient)
-    true.weights.backward(gradient)
-    torch.testing.assert_close(logits.grad, twin.grad)
+    check_route((randn(N, E) * 2).round(), K)  # few values: many ties
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -198,13 +185,11 @@ def test_grouped_gemm(sizes, dtype, small_tiles, gpu):
 
 
 def test_addresses_beyond_32_bits(small_tiles, gpu):
-    """Weights of 2^31 + 2^18 elements, of which the last group alone is touched."""
-    if DEVICE != "cpu":
-        pytest.skip("So many groups are for the interpreter alone.")
-    E, x = 2**13 + 1, randn(3, 512).bfloat16()
-    weight = torch.empty(E, 512, 512, dtype=torch.bfloat16)
-    weight[-1] = randn(512, 512)
-    offsets = torch.zeros(E + 1, dtype=torch.int64)
+    """Weights of 2^31 + 2^21 elements, of which the last group alone is touched."""
+    E, x = 2**10 + 1, randn(3, 2048).bfloat16()
+    weight = torch.empty(E, 1024, 2048, dtype=torch.bfloat16, device=DEVICE)
+    weight[-1] = randn(1024, 2048, scale=1 / 8)
+    offsets = torch.zeros(E + 1, dtype=torch.int64, device=DEVICE)
     offsets[-1] = 3
     out = kernels.grouped_gemm(x, weight, offsets)
     assert_near(out, x.float() @ weight[-1].float().T, torch.bfloat16, "out")

@@ -16,7 +16,7 @@ from poison import assert_margins_untouched, poisoned
 from torch import Tensor, library
 
 import kernels
-from kernels import attention_tiles, autograd, use_backend
+from kernels import attention_tiles, autograd, registry, use_backend
 from kernels.attention_tiles import paged_tile, row_blocks
 from kernels.gpu import paged_attention as gpu
 from kernels.gpu.launch import A100, H100, assume, recording
@@ -151,10 +151,8 @@ def test_int8_pages(dtype, gpu_target, short_splits):
     check(make_batch([1, 3, 2], [1, 33, 70], 2, 2, 64, 16, dtype, quantized=True))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", dict.fromkeys(registry.BACKENDS[DEVICE]))
 def test_int8_pages_elsewhere(backend):
-    if backend == "cpu" and DEVICE != "cpu":
-        pytest.skip("the cpu backend runs on the CPU")
     batch = make_batch([1, 5, 2], [1, 33, 70], 4, 2, 16, 16, torch.float32, quantized=True)
     wide = [pages * scales[..., None] for pages, scales in zip(batch[1:3], batch[6:], strict=True)]
     with use_backend(backend):
@@ -270,7 +268,5 @@ def test_workspace_is_bounded():
 
 
 def test_custom_op():
-    if DEVICE != "cpu":
-        pytest.skip("checked on the CPU")
     batch = make_batch([1, 3], [9, 20], 2, 1, 16, 16, torch.float32, quantized=True)
     library.opcheck(autograd.paged_attention, tuple(batch), test_utils=("test_schema", "test_faketensor"))

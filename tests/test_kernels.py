@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from compare import assert_near, check
+from compare import assert_near, check, check_route
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from poison import poisoned
@@ -46,18 +46,7 @@ def test_rope_keeps_lengths_and_relative_angles():
 
 @pytest.mark.parametrize(("N", "E", "K"), [(1, 1, 1), (1, 16, 2), (63, 16, 2), (200, 8, 4), (17, 64, 1)])
 def test_route(N, E, K):
-    logits = torch.randn(N, E, requires_grad=True)
-    twin = logits.detach().clone().requires_grad_()
-    routing = kernels.route(logits, K)
-    with use_backend("reference"):
-        true = kernels.route(twin, K)
-    for got, want in zip(routing[1:], true[1:], strict=True):
-        assert torch.equal(got, want)
-    torch.testing.assert_close(routing.weights, true.weights)
-    gradient = torch.randn(N, K)
-    routing.weights.backward(gradient)
-    true.weights.backward(gradient)
-    torch.testing.assert_close(logits.grad, twin.grad)
+    check_route(torch.randn(N, E), K)
 
 
 @settings(max_examples=50, deadline=None)

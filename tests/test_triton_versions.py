@@ -1,4 +1,4 @@
-"""The kernels in the interpreter of every Triton that the code is kept working on, from the oldest to the newest."""
+"""The kernels in the interpreter of every Triton that the code is kept working on; each is installed for it."""
 
 import os
 import subprocess
@@ -17,8 +17,7 @@ FILES = sorted(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_gpu_
 def test_kernels_on_triton(version, tmp_path):
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path)]
     installed = subprocess.run([*pip, f"triton=={version}"], capture_output=True, text=True)
-    if installed.returncode:
-        pytest.skip(f"triton {version} cannot be installed here: {installed.stderr.strip().splitlines()[-1]}")
+    assert installed.returncode == 0, installed.stderr
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     said = subprocess.run(
         [sys.executable, "-c", "import triton; print(triton.__version__)"],
