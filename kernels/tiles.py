@@ -23,6 +23,8 @@ class GemmTile(NamedTuple):
     """Programs that one multiprocessor holds, which the persistent grid is sized by; the static gate checks it."""
     swap: bool = False
     """Whether the weights are the left operand of the tensor instruction, and the slots the right one."""
+    halves: bool = False
+    """Whether a last round that would leave half of the GPU idle is computed in tiles of half the columns."""
 
 
 GROUP = 8
@@ -39,7 +41,7 @@ def expert_gemm(arch: int, slots: int, experts: int, itemsize: int) -> GemmTile:
         return GemmTile(64, 64, 16, 8, 3, 1)
     if rows <= 64:
         return GemmTile(64, 256, 64, 4, 3, 1) if arch >= 90 else GemmTile(64, 128, 64, 4, 4, 1)
-    return GemmTile(128, 256, 64, 8, 3, 1)
+    return GemmTile(128, 256, 64, 8, 3, 1, halves=True)
 
 
 def weight_gradient(arch: int, itemsize: int) -> GemmTile:
@@ -69,6 +71,12 @@ def decode_splits(columns: int, inner: int, choices: int, tile: GemmTile, sms: i
     while splits < 4 and splits * programs < sms and inner >= 2 * splits * 4 * tile.block_k:
         splits *= 2
     return splits
+
+
+def whole_tiles(tiles: int, programs: int) -> int:
+    """How many of a persistent kernel's tiles it computes whole, where it may halve those of its last round."""
+    rest = tiles % programs
+    return tiles - rest if 2 * rest <= programs else tiles
 
 
 def gradient_chunk(slots: int, tiles_per_expert: int, sms: int, block_k: int) -> int:

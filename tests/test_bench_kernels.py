@@ -123,6 +123,17 @@ def test_jobs_of_unequal_length():
     assert model.makespan([5, 1, 1], 2) == 5
 
 
+@pytest.mark.parametrize(("tiles", "waves"), [(132, 1), (198, 1.5), (199, 2), (66, 0.5), (67, 1), (264, 2)])
+def test_half_tiles_shorten_a_last_wave_that_is_at_most_half_full(tiles, waves):
+    """With a machine that fetches and stores at once, and whose tensor cores are all that is slow."""
+    gpu = H100._replace(fill=0, l2_read=1e9, l2_write=1e9, bandwidth=1e18, best_gemm=H100.best_gemm / 8)
+    tile = model.Tile("gemm", 128, 256, 64, 8, 3, 1, halves=True)
+    one, some = (
+        model.product(gpu, "", tile, n, 1024, flops=1, nbytes=1, stored=0).seconds - model.LAUNCH for n in (132, tiles)
+    )
+    assert some == pytest.approx(waves * one)
+
+
 def test_a_weight_gradient_with_few_tiles_is_cut_into_chunks():
     even, partials = predict.gradient(H100, "d", (1024,) * 16, 4096, 2048)
     assert partials.bytes == 0

@@ -79,7 +79,7 @@ SM_90 = """
 
 
 def test_one_trip_through_a_loop_of_sm_80():
-    body = sass.main_loop(sass.parse(SM_80))
+    body = sass.product_loops(sass.parse(SM_80))[0]
     assert body == Body(
         instructions=13, flops=2 * 4096, mma=frozenset({"HMMA"}), dtypes=frozenset({"BF16"}), loads={2: 1},
         copies={16: 1, 8: 1}, tma=0, stores={}, tma_stores=0, commits=2, wait=2, mma_wait=None,
@@ -90,7 +90,7 @@ def test_one_trip_through_a_loop_of_sm_80():
 
 
 def test_one_trip_through_a_loop_of_sm_90():
-    body = sass.main_loop(sass.parse(SM_90))
+    body = sass.product_loops(sass.parse(SM_90))[0]
     assert body.instructions == 8, "neither the tile around it nor the wait for a barrier belongs to a step"
     assert body.flops == 2 * 2 * 64 * 16 * 16 // 4
     assert (body.mma, body.dtypes) == ({"HGMMA"}, {"BF16", "F16"})
@@ -112,8 +112,8 @@ def test_loops_are_found_by_dominators():
 
 
 def test_code_without_products_has_no_main_loop():
-    assert sass.main_loop(sass.parse(SM_80.replace("HMMA.16816.F32.BF16", "FFMA"))) is None
-    assert sass.main_loop(sass.parse("")) is None
+    assert sass.product_loops(sass.parse(SM_80.replace("HMMA.16816.F32.BF16", "FFMA"))) == []
+    assert sass.product_loops(sass.parse("")) == []
 
 
 def body(**changes):
@@ -133,7 +133,7 @@ HOPPER = {"mma": frozenset({"HGMMA"}), "mma_wait": 1, "shared_bytes": 10240, "in
 def kernel(kind="gemm", arch=80, dtype="bfloat16", loop=None, **changes):
     spec = Spec(kind, 2 * 128 * 256 * 64, (128 + 256) * 64 * 2, rows=128, programs=1)
     loop = loop or (body() if arch == 80 else body(**HOPPER))
-    good = Kernel("k", arch, dtype, 8, spec, 255, 96 * 1024, 0, 0, False, loop, loop)
+    good = Kernel("k", arch, dtype, 8, spec, 255, 96 * 1024, 0, 0, False, loop, [loop])
     return good._replace(**changes)
 
 
@@ -146,9 +146,9 @@ BREACHES = [
     ("SPILL", kernel(dtype="float32", local=8)),
     ("SPILL", kernel(whole=body(others={"STL": 1}))),
     ("SMEM", kernel(shared=164 * 1024)),
-    ("SMEM", kernel(spec=Spec("small"), whole=None, body=None, shared=164 * 1024)),
+    ("SMEM", kernel(spec=Spec("small"), whole=None, loops=[], shared=164 * 1024)),
     ("OCC", kernel(spec=spec(programs=2))),
-    ("NO_LOOP", kernel(body=None)),
+    ("NO_LOOP", kernel(loops=[])),
     ("MMA_KIND", kernel(loop=body(mma=frozenset({"HMMA", "IMMA"})))),
     ("MMA_KIND", kernel(arch=90, loop=body())),
     ("MMA_DTYPE", kernel(loop=body(dtypes=frozenset({"TF32"})))),
@@ -158,7 +158,7 @@ BREACHES = [
     ("SYNC_LDG", kernel(loop=body(loads={16: 1}))),
     ("NO_ASYNC", kernel(loop=body(copies={}))),
     ("LOAD_WIDTH", kernel(loop=body(copies={16: 11, 8: 1}))),
-    ("LOAD_WIDTH", kernel(spec=Spec("stream"), whole=body(loads={4: 1}), body=None)),
+    ("LOAD_WIDTH", kernel(spec=Spec("stream"), whole=body(loads={4: 1}), loops=[])),
     ("STORE_WIDTH", kernel(whole=body(stores={16: 16, 2: 1}))),
     ("DEPTH", kernel(loop=body(wait=1))),
     ("DEPTH", kernel(arch=90, loop=body(**HOPPER, tma=2, commits=0, copies={}), shared=48 * 1024)),
@@ -185,18 +185,31 @@ def test_a_rule_trips(rule, broken):
         kernel("wgrad", loop=body(instructions=365)),
         kernel(arch=90, loop=body(**HOPPER, tma=1, commits=1, wait=1, copies={16: 4}), shared=144 * 1024),
         kernel(dtype="float16", loop=body(dtypes=frozenset({"F16"}))),
-        kernel(dtype="float32", whole=None, body=None),
+        kernel(dtype="float32", whole=None, loops=[]),
         kernel("attention", 90, loop=body(others={"SHFL": 16, "MUFU": 10}), spec=spec(kind="attention", rows=32)),
         kernel(loop=body(loads={8: 1}), spec=spec(narrow_loads=1)),
         kernel(loop=body(flops=256 * 4096, commits=4, wait=4, instructions=500, shared_bytes=64 * 512)),
         kernel("decode", loop=body(instructions=1000), spec=spec(kind="decode")),
-        kernel(spec=Spec("small"), whole=None, body=None),
-        kernel(spec=Spec("stream", narrow_loads=1), whole=body(loads={4: 1, 16: 2}, copies={}), body=None),
+        kernel(spec=Spec("small"), whole=None, loops=[]),
+        kernel(spec=Spec("stream", narrow_loads=1), whole=body(loads={4: 1, 16: 2}, copies={}), loops=[]),
         kernel(specialised=True, loop=body(others={"USETMAXREG": 2})),
     ],
 )
 def test_good_kernels_pass(good):
     assert rules.breaches(good) == {}
+
+
+HALF = body(flops=64 * 4096, copies={16: 8}, instructions=160)
+
+
+def test_the_loop_of_half_tiles_is_held_to_rules_of_its_own():
+    """Those that show a mistake; with the reuse of a whole tile's operands go the limits on issue and shared memory."""
+    assert rules.breaches(kernel(loops=[body(), HALF], spec=spec(halves=True))) == {}
+    found = rules.breaches(kernel(loops=[body(), HALF._replace(wait=1)], spec=spec(halves=True)))
+    assert found == {"DEPTH": "in the last round, no step is copied while another is computed"}
+    assert "NO_LOOP" in rules.breaches(kernel(spec=spec(halves=True)))
+    both = kernel(loop=body(loads={16: 1}), spec=spec(halves=True))
+    assert not rules.breaches(both._replace(loops=[both.body, HALF]))["SYNC_LDG"].startswith("in the last round")
 
 
 def test_figures_of_a_kernel():

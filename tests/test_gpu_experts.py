@@ -14,6 +14,7 @@ from torch import Tensor
 
 import kernels
 from kernels import Routing, tiles, use_backend
+from kernels.gpu import grouped
 from kernels.gpu.launch import A100, H100, Target, assume, recording
 
 DEVICE = triton_device.DEVICE
@@ -21,7 +22,7 @@ GPUS = [Target(80, 3), Target(90, 3)]
 """Few multiprocessors, so that persistent programs take several tiles."""
 
 
-SMALL = tiles.GemmTile(32, 64, 32, 4, 3, 1)
+SMALL = tiles.GemmTile(32, 64, 32, 4, 3, 1, halves=True)
 """A tile that small shapes have several of."""
 
 
@@ -209,6 +210,39 @@ def test_splitting_the_inner_dimension(gpu, monkeypatch):
     out = kernels.expert_mlp(inputs["x"], routing, inputs["gate_up"], inputs["down"])
     with use_backend("reference"):
         assert_near(out, kernels.expert_mlp(inputs["x"], routing, inputs["gate_up"], inputs["down"]), DTYPES[0], "out")
+
+
+@pytest.mark.parametrize("row_tiles", range(1, 8))
+def test_a_last_round_of_tiles_is_cut_in_halves(row_tiles, small_tiles, monkeypatch):
+    """Exactly the tiles that `whole_tiles` leaves over come from the matrix of the half tiles, which here is zero."""
+    weight, run = randn(1, 64, 32), grouped.launch
+    x, offsets = randn(32 * row_tiles, 32), torch.tensor([0, 32 * row_tiles], device=DEVICE)
+
+    def launch(kernel, grid, *args, **meta):
+        args = (*args[:2], torch.zeros_like(weight), *args[3:]) if kernel is grouped.rows_kernel else args
+        run(kernel, grid, *args, **meta)
+
+    monkeypatch.setattr(grouped, "launch", launch)
+    with assume(GPUS[0]), use_backend("gpu"):
+        out = kernels.grouped_gemm(x, weight, offsets)
+    halved = row_tiles - tiles.whole_tiles(row_tiles, 3)
+    assert (out == 0).all(1).sum() == 32 * halved
+
+
+@pytest.mark.parametrize("N", [40, 50, 80])
+def test_halves_leave_the_same_bits(N, small_tiles, gpu, monkeypatch):
+    routing = make_routing("random", N, 2, 1)
+    inputs = [t.bfloat16() for t in (randn(N, 40), randn(2, 144, 40), randn(2, 40, 72))]
+
+    def run():
+        leaves = [t.clone().requires_grad_() for t in (*inputs, routing.weights)]
+        out = kernels.expert_mlp(leaves[0], routing._replace(weights=leaves[3]), *leaves[1:3])
+        out.square().sum().backward()
+        return [out, *(leaf.grad for leaf in leaves)]
+
+    halved = run()
+    monkeypatch.setattr(tiles, "expert_gemm", lambda *_: SMALL._replace(halves=False))
+    assert all(torch.equal(one, other) for one, other in zip(halved, run(), strict=True))
 
 
 def test_twice_gives_the_same_bits(small_tiles, gpu):

@@ -68,7 +68,8 @@ MEMORY_LATENCY = {80: 600e-9, 90: 700e-9}
 """Seconds from a load to its data under load (docs/kernels.md, Machine code): what bytes in flight are divided by."""
 
 INSTRUCTIONS: dict[tuple[int, str, int, int, int], int] = {
-    (80, "gemm", 128, 256, 8): 255,
+    (80, "gemm", 128, 256, 8): 257,
+    (80, "gemm", 128, 128, 8): 158,
     (80, "gemm", 64, 128, 4): 178,
     (80, "wgrad", 128, 256, 8): 244,
     (80, "decode", 16, 128, 4): 110,
@@ -76,7 +77,8 @@ INSTRUCTIONS: dict[tuple[int, str, int, int, int], int] = {
     (80, "decode", 64, 128, 4): 167,
     (80, "attention", 32, 64, 4): 514,
     (80, "attention int8", 32, 64, 4): 1239,
-    (90, "gemm", 128, 256, 8): 98,
+    (90, "gemm", 128, 256, 8): 99,
+    (90, "gemm", 128, 128, 8): 91,
     (90, "gemm", 64, 256, 4): 95,
     (90, "wgrad", 128, 256, 8): 88,
     (90, "decode", 16, 128, 4): 97,

@@ -1,8 +1,8 @@
 """The cost of a kernel from its tiles: cycles of a step, waves of tiles, L2 and HBM (docs/kernels.md, Prediction).
 
 A step takes the slowest of tensor cores, instruction issue, shared memory and L2; a tile its steps and, once, the first
-fetch and the last store; a kernel the waves in which its tiles fit the GPU, or the time that HBM needs for its bytes,
-whichever is longer, and a launch.
+fetch and the last store; a kernel the waves in which its tiles fit the GPU, the last one maybe of half tiles, or the
+time that HBM needs for its bytes, whichever is longer, and a launch.
 
 M rows, N columns and K inner elements of a tile; all elements have two bytes.
 """
@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from kernels.bench import constants
 from kernels.bench.constants import HBM_SHARE, INSTRUCTIONS, LAUNCH, SCHEDULERS, SHARED_BYTES_PER_CLOCK, Gpu
+from kernels.tiles import whole_tiles
 
 
 class Tile(NamedTuple):
@@ -29,6 +30,8 @@ class Tile(NamedTuple):
     occupancy: int
     swap: bool = False
     """Whether the N side is the left operand of the matrix instruction."""
+    halves: bool = False
+    """Whether a last round that would leave half of the GPU idle is computed in tiles of half the columns."""
 
     def __str__(self) -> str:
         return f"{self.m}x{self.n}x{self.k}"
@@ -150,18 +153,24 @@ def product(
 
     `nbytes` is what must cross HBM, `traffic` what does where that is more.
     """
-    step = step_cycles(gpu, tile)
+    whole = whole_tiles(tiles, gpu.sms * tile.occupancy) if tile.halves else tiles
+    count, together = waves(gpu, whole, tile.occupancy)
+    step, epilogue = step_cycles(gpu, tile), stored / gpu.l2_write + loaded / gpu.l2_read
     slowest = max(step, key=step.__getitem__)
-    count, together = waves(gpu, tiles, tile.occupancy)
-    fixed = gpu.fill + stored / gpu.l2_write + loaded / gpu.l2_read
-    compute = count * (math.ceil(inner / tile.k) * step[slowest] * together + fixed) / gpu.clock
+    steps = math.ceil(inner / tile.k)
+    clocks = count * (steps * step[slowest] * together + gpu.fill + epilogue)
+    rounds = f"{count} waves ({whole / max(1, count * gpu.sms * together):.0%} full)"
+    if whole < tiles:
+        half = step_cycles(gpu, tile._replace(n=tile.n // 2))
+        clocks += steps * max(half.values()) + gpu.fill + epilogue / 2
+        rounds = f"{count} waves and one of {2 * (tiles - whole)} halves"
+    compute = clocks / gpu.clock
     resident = min(tiles, gpu.sms * tile.occupancy)
     in_flight = resident * max(1, tile.stages - 2) * (tile.m + tile.n) * tile.k * 2
     memory = memory_seconds(gpu, traffic or nbytes, in_flight)
-    full = tiles / (count * gpu.sms * together)
     return Kernel(
         name, LAUNCH + max(compute, memory), flops, nbytes, slowest if compute >= memory else "HBM",
-        note or f"{tile}, {tiles} tiles, {count} waves ({full:.0%} full)",
+        note or f"{tile}, {tiles} tiles, {rounds}",
     )  # fmt: skip
 
 

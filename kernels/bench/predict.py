@@ -24,7 +24,8 @@ BYTES = 2
 
 def gemm_tile(kind: str, tile: tiles.GemmTile) -> Tile:
     return Tile(
-        kind, tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages, tile.occupancy, tile.swap
+        kind, tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages, tile.occupancy, tile.swap,
+        tile.halves,
     )  # fmt: skip
 
 

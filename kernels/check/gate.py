@@ -47,7 +47,7 @@ def read(launch: Launch, built: Build, spec: Spec, dtype: torch.dtype, gpu: Targ
         name=table.name_of(launch), arch=gpu.arch, dtype=name, warps=launch.meta.get("num_warps", 4), spec=spec,
         registers=built.registers, shared=built.shared, stack=built.stack, local=built.local,
         specialised=built.specialised, whole=flow and sass.count([i for block in flow.blocks for i in block]),
-        body=flow and sass.main_loop(flow),
+        loops=sass.product_loops(flow) if flow else [],
     )  # fmt: skip
 
 

@@ -149,6 +149,7 @@ MUTATIONS = [
     Mutation("short steps", TRAINING, ROWS, retile(tiles, "expert_gemm", block_k=16), {90: "ISSUE"}),
     Mutation("two programs instead of one", TRAINING, ROWS, retile(tiles, "expert_gemm", occupancy=2), both("OCC")),
     Mutation("misaligned rows", TRAINING, UP, argue(misaligned, "x"), both("LOAD_WIDTH")),
+    Mutation("misaligned weights of half tiles", TRAINING, ROWS, argue(misaligned, "b_half"), {80: "LOAD_WIDTH"}),
     Mutation("misaligned result", DECODE, ROWS, argue(misaligned, "out"), both("STORE_WIDTH")),
     Mutation("misaligned input", TRAINING, COMBINE, argue(misaligned, "y"), both("LOAD_WIDTH")),
     Mutation("misaligned pages", CACHE, ATTEND, argue(misaligned, "k_pages"), both("LOAD_WIDTH")),

@@ -57,6 +57,8 @@ class Limits(NamedTuple):
 LIMITS = {
     ("gemm", 80): Limits("HMMA", 0.33, 1.02, pure=True),
     ("gemm", 90): Limits("HGMMA", 0.30, 1.02, pure=True, mma_overlap=True),
+    ("halves", 80): Limits("HMMA", pure=True),
+    ("halves", 90): Limits("HGMMA", pure=True, mma_overlap=True),
     ("wgrad", 80): Limits("HMMA", 0.36, 1.02, pure=True),
     ("wgrad", 90): Limits("HGMMA", 0.30, 1.02, pure=True, mma_overlap=True),
     ("decode", 80): Limits("HMMA", in_flight_kb=24, pure=True),
@@ -70,8 +72,8 @@ class Spec(NamedTuple):
     """What a kernel's source says of one launch."""
 
     kind: str
-    """gemm, wgrad, decode or attention; a `stream` moves rows without products, and a `small` one hardly anything: it
-    is held to the rules on resources."""
+    """gemm, wgrad, decode or attention; `halves` is a gemm's last round; a `stream` moves rows without products, and a
+    `small` one hardly anything: it is held to the rules on resources."""
     flops: int = 0
     """Tensor operations of one step."""
     bytes: int = 0
@@ -85,6 +87,8 @@ class Spec(NamedTuple):
     narrow_loads: int = 0
     """Loads that may be narrower: of indices in a main loop, of scalars in a stream."""
     narrow_stores: int = 0
+    halves: bool = False
+    """Whether a second loop computes a step in two halves, as the last round of tiles."""
 
 
 class Kernel(NamedTuple):
@@ -104,8 +108,20 @@ class Kernel(NamedTuple):
     """Whether its source asks for warp specialisation."""
     whole: Body | None
     """All of it; None where rules look at resources alone."""
-    body: Body | None
-    """The main loop."""
+    loops: list[Body]
+    """Those with tensor instructions, the main loop first."""
+
+    @property
+    def body(self) -> Body | None:
+        """The main loop."""
+        return self.loops[0] if self.loops else None
+
+    @property
+    def second(self) -> "Kernel":
+        """With the loop of the last round as its main loop. Half of the columns, and all of the rows, are copied for
+        half of the work; its shared memory is the main loop's."""
+        spec = self.spec._replace(kind="halves", flops=self.spec.flops // 2, halves=False)
+        return self._replace(spec=spec, loops=self.loops[1:])
 
     @property
     def chip(self) -> Chip:
@@ -283,4 +299,7 @@ def breaches(k: Kernel) -> dict[str, str]:
     if k.limits is not None:
         # Without a main loop there is nothing that the other rules could look at.
         rules = rules | LOOPS if k.body else ALWAYS | {"NO_LOOP": no_loop}
-    return {name: said for name, rule in rules.items() if (said := rule(k))}
+    found = {name: said for name, rule in rules.items() if (said := rule(k))}
+    if k.spec.halves and k.limits is not None and k.body:
+        found = {name: f"in the last round, {said}" for name, said in breaches(k.second).items()} | found
+    return found

@@ -200,14 +200,14 @@ def steady_path(flow: Flow, loop: Loop) -> list[Instruction]:
     return path
 
 
-def main_loop(flow: Flow) -> Body | None:
-    """The steady state of the innermost loop with the most tensor work, the shorter one of equals; None where no loop
-    has any."""
+def product_loops(flow: Flow) -> list[Body]:
+    """The steady states of the innermost loops with tensor work, that with the most of it first, of equals the
+    shortest."""
     loops = natural_loops(flow)
     working = [loop for loop in loops if any(i.flops for b in loop.blocks for i in flow.blocks[b])]
     innermost = [loop for loop in working if not any(other.blocks < loop.blocks for other in working)]
     bodies = [count(steady_path(flow, loop)) for loop in innermost]
-    return max(bodies, key=lambda body: (body.flops, -body.instructions), default=None)
+    return sorted(bodies, key=lambda body: (-body.flops, body.instructions))
 
 
 def count(code: list[Instruction]) -> Body:

@@ -37,7 +37,8 @@ def gemm(v: Values) -> Spec:
     M, N, K = v["BLOCK_M"], v["BLOCK_N"], v["BLOCK_K"]
     # Up to 64 rows per expert a product waits for the weights, not for the tensor cores.
     kind = "gemm" if M > 64 else "decode"
-    return Spec(kind, 2 * M * N * K, (M + N) * K * v["itemsize"], programs=-(-v["programs"] // v["sms"]))
+    programs = -(-v["programs"] // v["sms"])
+    return Spec(kind, 2 * M * N * K, (M + N) * K * v["itemsize"], programs=programs, halves=v.get("HALVES", False))
 
 
 def weight_gradient(v: Values) -> Spec:
@@ -68,7 +69,7 @@ def small(v: Values) -> Spec:
 KERNELS: dict[str, Callable[[Values], Spec]] = {
     "cross_entropy.row_kernel": lambda v: stream(v, loads=2, stores=1),
     "expert_mlp.up_kernel": gemm,
-    "expert_mlp.swiglu_backward_kernel": lambda v: gemm(v)._replace(narrow_stores=1),
+    "expert_mlp.swiglu_backward_kernel": lambda v: gemm(v)._replace(narrow_stores=3 if v["HALVES"] else 2),
     "grouped.rows_kernel": gemm,
     "grouped.schedule_kernel": small,
     "paged_attention.attend_splits": attention,

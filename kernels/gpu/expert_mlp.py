@@ -16,7 +16,17 @@ from torch import Tensor
 
 from kernels import tiles
 from kernels.gpu import unsupported_dtype
-from kernels.gpu.grouped import find_tile, grid, matrix, meta, multiply_rows, product, tile_schedule
+from kernels.gpu.grouped import (
+    find_tile,
+    grid,
+    halves_left,
+    matrix,
+    meta,
+    multiply_rows,
+    product,
+    tile_schedule,
+    whole_tiles,
+)  # fmt: skip
 from kernels.gpu.launch import aligned, descriptor, launch, target
 from kernels.gpu.permute import combine, gather
 from kernels.gpu.weight_gradient import weight_gradient
@@ -91,10 +101,11 @@ def up_and_swiglu(
     act, hidden = x.new_empty(S, F), x.new_empty(S, 2 * F) if save else x.new_empty(0)
     gpu = target(x.device)
     tma = gpu.has_tma and aligned(gate_up)
+    whole, half = ([tile.block_n // parts, tile.block_k] for parts in (2, 4))
     launch(
-        up_kernel, grid(gpu.sms, tile, S, E, 2 * F), x,
-        matrix(gate_up, [tile.block_n // 2, tile.block_k], parts=2) if tma else gate_up, act, hidden, order, schedule,
-        offsets, F, D, CHOICES=S // max(N, 1), SAVE=save, B_TMA=tma, EVEN=D % tile.block_k == 0, SWAP=tile.swap,
+        up_kernel, grid(gpu.sms, tile, S, E, 2 * F), x, matrix(gate_up, whole, parts=2) if tma else gate_up,
+        matrix(gate_up, half, parts=2) if tma else gate_up, act, hidden, order, schedule, offsets, F, D,
+        CHOICES=S // max(N, 1), SAVE=save, B_TMA=tma, EVEN=D % tile.block_k == 0, SWAP=tile.swap, HALVES=tile.halves,
         **meta(tile),
     )  # fmt: skip
     return act, hidden
@@ -102,29 +113,51 @@ def up_and_swiglu(
 
 @triton.jit
 def up_kernel(
-    x, gate_up, act, hidden, order, schedule, offsets, F, D,
+    x, gate_up, gate_up_half, act, hidden, order, schedule, offsets, F, D,
     CHOICES: tl.constexpr, SAVE: tl.constexpr, B_TMA: tl.constexpr, EVEN: tl.constexpr, SWAP: tl.constexpr,
+    HALVES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    WIDTH: tl.constexpr = BLOCK_N // 2
-    columns = tl.cdiv(F, WIDTH)
-    for tile in range(tl.program_id(0), tl.load(schedule) * columns, tl.num_programs(0)):
+    columns = tl.cdiv(F, BLOCK_N // 2)
+    whole = whole_tiles(tl.load(schedule) * columns, HALVES)
+    for tile in range(tl.program_id(0), whole, tl.num_programs(0)):
         expert, row, end, column = find_tile(tile, schedule, offsets, columns, BLOCK_M, GROUP)
-        rows = row + tl.arange(0, BLOCK_M)
-        token = tl.load(order + tl.minimum(rows, end - 1)) // CHOICES
-        y = product(
-            x, token, row, gate_up, expert, column, F, D,
-            0, D, False, B_TMA, False, 2, EVEN, SWAP, BLOCK_M, BLOCK_N, BLOCK_K,
+        up_tile(
+            x, gate_up, act, hidden, order, expert, row, end, column, F, D,
+            CHOICES, SAVE, B_TMA, EVEN, SWAP, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        n = column * WIDTH + tl.arange(0, WIDTH)
-        inside = (rows < end)[:, None] & (n < F)[None, :]
-        gate, up = y.reshape(BLOCK_M, 2, WIDTH).permute(0, 2, 1).split()
-        value = gate * tl.sigmoid(gate) * up
-        tl.store(act + rows.to(tl.int64)[:, None] * F + n[None, :], value.to(act.dtype.element_ty), mask=inside)
-        if SAVE:
-            pointers = hidden + rows.to(tl.int64)[:, None] * (2 * F) + n[None, :]
-            tl.store(pointers, gate.to(hidden.dtype.element_ty), mask=inside)
-            tl.store(pointers + F, up.to(hidden.dtype.element_ty), mask=inside)
+    if HALVES:
+        half = tl.program_id(0)
+        if half < halves_left(schedule, columns, whole):
+            expert, row, end, column = find_tile(whole + half // 2, schedule, offsets, columns, BLOCK_M, GROUP)
+            up_tile(
+                x, gate_up_half, act, hidden, order, expert, row, end, 2 * column + half % 2, F, D,
+                CHOICES, SAVE, B_TMA, EVEN, SWAP, BLOCK_M, BLOCK_N // 2, BLOCK_K,
+            )  # fmt: skip
+
+
+@triton.jit
+def up_tile(
+    x, gate_up, act, hidden, order, expert, row, end, column, F, D,
+    CHOICES: tl.constexpr, SAVE: tl.constexpr, B_TMA: tl.constexpr, EVEN: tl.constexpr, SWAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    WIDTH: tl.constexpr = BLOCK_N // 2
+    rows = row + tl.arange(0, BLOCK_M)
+    token = tl.load(order + tl.minimum(rows, end - 1)) // CHOICES
+    y = product(
+        x, token, row, gate_up, expert, column, F, D,
+        0, D, False, B_TMA, False, 2, EVEN, SWAP, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    n = column * WIDTH + tl.arange(0, WIDTH)
+    inside = (rows < end)[:, None] & (n < F)[None, :]
+    gate, up = y.reshape(BLOCK_M, 2, WIDTH).permute(0, 2, 1).split()
+    value = gate * tl.sigmoid(gate) * up
+    tl.store(act + rows.to(tl.int64)[:, None] * F + n[None, :], value.to(act.dtype.element_ty), mask=inside)
+    if SAVE:
+        pointers = hidden + rows.to(tl.int64)[:, None] * (2 * F) + n[None, :]
+        tl.store(pointers, gate.to(hidden.dtype.element_ty), mask=inside)
+        tl.store(pointers + F, up.to(hidden.dtype.element_ty), mask=inside)
 
 
 def swiglu_backward(
@@ -135,36 +168,58 @@ def swiglu_backward(
     activations times router weight (S, F), and the gradient of the router weights, float32 (S,) in slot order."""
     (S, D), (E, _, F) = grad_rows.shape, down.shape
     grad_hidden, act = hidden.new_empty(S, 2 * F), hidden.new_empty(S, F)
-    dots = weights.new_empty(triton.cdiv(F, tile.block_n), S)
+    dots = weights.new_empty(2 * triton.cdiv(F, tile.block_n), S)
     gpu = target(grad_rows.device)
     tma = gpu.has_tma and aligned(grad_rows, down)
     launch(
         swiglu_backward_kernel, grid(gpu.sms, tile, S, E, F),
         descriptor(grad_rows, [tile.block_m, tile.block_k]) if tma else grad_rows,
-        matrix(down, [tile.block_k, tile.block_n]) if tma else down, hidden, weights, grad_hidden, act, dots, order,
-        schedule, offsets, S, F, D, TMA=tma, EVEN=D % tile.block_k == 0 and F % tile.block_n == 0, **meta(tile),
+        matrix(down, [tile.block_k, tile.block_n]) if tma else down,
+        matrix(down, [tile.block_k, tile.block_n // 2]) if tma else down,
+        hidden, weights, grad_hidden, act, dots, order, schedule, offsets, S, F, D,
+        TMA=tma, EVEN=D % tile.block_k == 0 and F % tile.block_n == 0, HALVES=tile.halves, **meta(tile),
     )  # fmt: skip
     return grad_hidden, act, dots.sum(0)
 
 
 @triton.jit
 def swiglu_backward_kernel(
-    grad_rows, down, hidden, weights, grad_hidden, act, dots, order, schedule, offsets, S, F, D,
-    TMA: tl.constexpr, EVEN: tl.constexpr,
+    grad_rows, down, down_half, hidden, weights, grad_hidden, act, dots, order, schedule, offsets, S, F, D,
+    TMA: tl.constexpr, EVEN: tl.constexpr, HALVES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
+    """dots (2 * columns, S): of every half tile's columns, so that a tile in halves leaves what a whole one does."""
     columns = tl.cdiv(F, BLOCK_N)
-    for tile in range(tl.program_id(0), tl.load(schedule) * columns, tl.num_programs(0)):
+    whole = whole_tiles(tl.load(schedule) * columns, HALVES)
+    for tile in range(tl.program_id(0), whole, tl.num_programs(0)):
         expert, row, end, column = find_tile(tile, schedule, offsets, columns, BLOCK_M, GROUP)
         rows = row + tl.arange(0, BLOCK_M)
         y = product(
             grad_rows, tl.minimum(rows, end - 1), row, down, expert, column, F, D,
             0, D, TMA, TMA, True, 1, EVEN, False, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        slot = tl.load(order + tl.minimum(rows, end - 1))
-        weight = tl.load(weights + slot)[:, None]
-        dot = swiglu_gradients(y, column * BLOCK_N, weight, rows, end, hidden, grad_hidden, act, F)
-        tl.store(dots + column.to(tl.int64) * S + slot, dot, mask=rows < end)
+        left, right = halves(y)
+        swiglu_tile(left, 2 * column, rows, end, hidden, weights, grad_hidden, act, dots, order, S, F)
+        swiglu_tile(right, 2 * column + 1, rows, end, hidden, weights, grad_hidden, act, dots, order, S, F)
+    if HALVES:
+        half = tl.program_id(0)
+        if half < halves_left(schedule, columns, whole):
+            expert, row, end, column = find_tile(whole + half // 2, schedule, offsets, columns, BLOCK_M, GROUP)
+            rows = row + tl.arange(0, BLOCK_M)
+            column = 2 * column + half % 2
+            y = product(
+                grad_rows, tl.minimum(rows, end - 1), row, down_half, expert, column, F, D,
+                0, D, TMA, TMA, True, 1, EVEN, False, BLOCK_M, BLOCK_N // 2, BLOCK_K,
+            )  # fmt: skip
+            swiglu_tile(y, column, rows, end, hidden, weights, grad_hidden, act, dots, order, S, F)
+
+
+@triton.jit
+def swiglu_tile(y, column, rows, end, hidden, weights, grad_hidden, act, dots, order, S, F):
+    slot = tl.load(order + tl.minimum(rows, end - 1))
+    weight = tl.load(weights + slot)[:, None]
+    dot = swiglu_gradients(y, column * y.shape[1], weight, rows, end, hidden, grad_hidden, act, F)
+    tl.store(dots + column.to(tl.int64) * S + slot, dot, mask=rows < end)
 
 
 @triton.jit

@@ -3,8 +3,10 @@
 Rows are slots sorted by expert; expert e owns rows offsets[e] to offsets[e + 1]. A tile is BLOCK_M rows of one expert
 by BLOCK_N columns. The number of tiles is known on the device alone, so a kernel's programs, as many as the GPU holds
 at once, walk the list and stop at its end; GROUP row tiles sweep the columns together, so that a tile of the weights is
-read from L2 by all of them (Triton's tutorials 08 and 09). What a tile holds beyond its expert's rows is computed from
-whatever lies there and never stored: rows of a product do not mix.
+read from L2 by all of them (Triton's tutorials 08 and 09). Where the last round of tiles would leave half of the
+programs idle, every tile of it is cut into two halves of its columns, one for each of two programs; the order in which
+an element is summed stays the same. What a tile holds beyond its expert's rows is computed from whatever lies there and
+never stored: rows of a product do not mix.
 
 S slots, E experts, M rows of a tile, N columns of the output, K inner dimension, D hidden width, F expert width.
 """
@@ -66,6 +68,19 @@ def find_tile(tile, schedule, offsets, columns, BLOCK_M: tl.constexpr, GROUP: tl
 
 
 @triton.jit
+def whole_tiles(tiles, HALVES: tl.constexpr):
+    """How many tiles are computed whole; kernels.tiles.whole_tiles says the same on the host."""
+    rest = tiles % tl.num_programs(0)
+    return tiles - rest if HALVES and 2 * rest <= tl.num_programs(0) else tiles
+
+
+@triton.jit
+def halves_left(schedule, columns, whole):
+    """Reads the schedule again: the number of tiles, kept over the loop, made sm_90 spill 8 bytes."""
+    return 2 * (tl.load(schedule) * columns - whole)
+
+
+@triton.jit
 def product(
     a, a_rows, row, b, expert, column, N, K, begin, stop,
     A_TMA: tl.constexpr, B_TMA: tl.constexpr, B_IS_KN: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr,
@@ -122,30 +137,52 @@ def product(
 
 @triton.jit
 def rows_kernel(
-    a, b, out, order, schedule, offsets, S, N, K, span,
+    a, b, b_half, out, order, schedule, offsets, S, N, K, span,
     A_TMA: tl.constexpr, B_TMA: tl.constexpr, B_IS_KN: tl.constexpr, SCATTER: tl.constexpr, EVEN: tl.constexpr,
-    SWAP: tl.constexpr, SPLITS: tl.constexpr,
+    SWAP: tl.constexpr, SPLITS: tl.constexpr, HALVES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out (SPLITS, S, N): rows of a (S, K) times their experts' matrices, each split summing its `span` of K; with
     SCATTER row i goes to order[i]."""
     columns = tl.cdiv(N, BLOCK_N)
     tiles = tl.load(schedule) * columns
-    for number in range(tl.program_id(0), tiles * SPLITS, tl.num_programs(0)):
+    whole = whole_tiles(tiles * SPLITS, HALVES)
+    for number in range(tl.program_id(0), whole, tl.num_programs(0)):
         split = number // tiles if SPLITS > 1 else 0
         expert, row, end, column = find_tile(number - split * tiles, schedule, offsets, columns, BLOCK_M, GROUP)
-        begin = split * span
-        stop = min(begin + span, K) if SPLITS > 1 else K
-        rows = row + tl.arange(0, BLOCK_M)
-        y = product(
-            a, tl.minimum(rows, end - 1), row, b, expert, column, N, K, begin, stop,
-            A_TMA, B_TMA, B_IS_KN, 1, EVEN, SWAP, BLOCK_M, BLOCK_N, BLOCK_K,
+        rows_tile(
+            a, b, out, order, expert, row, end, column, split, S, N, K, span,
+            A_TMA, B_TMA, B_IS_KN, SCATTER, EVEN, SWAP, SPLITS, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        n = column * BLOCK_N + tl.arange(0, BLOCK_N)
-        place = tl.load(order + rows, mask=rows < end, other=0) if SCATTER else rows
-        line = place.to(tl.int64) + (split.to(tl.int64) * S if SPLITS > 1 else 0)
-        pointers = out + line[:, None] * N + n[None, :]
-        tl.store(pointers, y.to(out.dtype.element_ty), mask=(rows < end)[:, None] & (n < N)[None, :])
+    if HALVES:
+        half = tl.program_id(0)
+        if half < halves_left(schedule, columns, whole):
+            expert, row, end, column = find_tile(whole + half // 2, schedule, offsets, columns, BLOCK_M, GROUP)
+            rows_tile(
+                a, b_half, out, order, expert, row, end, 2 * column + half % 2, 0, S, N, K, span,
+                A_TMA, B_TMA, B_IS_KN, SCATTER, EVEN, SWAP, 1, BLOCK_M, BLOCK_N // 2, BLOCK_K,
+            )  # fmt: skip
+
+
+@triton.jit
+def rows_tile(
+    a, b, out, order, expert, row, end, column, split, S, N, K, span,
+    A_TMA: tl.constexpr, B_TMA: tl.constexpr, B_IS_KN: tl.constexpr, SCATTER: tl.constexpr, EVEN: tl.constexpr,
+    SWAP: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    begin = split * span
+    stop = min(begin + span, K) if SPLITS > 1 else K
+    rows = row + tl.arange(0, BLOCK_M)
+    y = product(
+        a, tl.minimum(rows, end - 1), row, b, expert, column, N, K, begin, stop,
+        A_TMA, B_TMA, B_IS_KN, 1, EVEN, SWAP, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    place = tl.load(order + rows, mask=rows < end, other=0) if SCATTER else rows
+    line = place.to(tl.int64) + (split.to(tl.int64) * S if SPLITS > 1 else 0)
+    pointers = out + line[:, None] * N + n[None, :]
+    tl.store(pointers, y.to(out.dtype.element_ty), mask=(rows < end)[:, None] & (n < N)[None, :])
 
 
 def matrix(weight: Tensor, block: list[int], parts: int = 1) -> object:
@@ -170,20 +207,22 @@ def multiply_rows(
     gpu = target(a.device)
     tma = gpu.has_tma and aligned(a, weight)
     even = K % tile.block_k == 0 and (transposed or N % tile.block_n == 0)
-    block = [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]
+    k = tile.block_k
+    whole, half = ([n, k] if transposed else [k, n] for n in (tile.block_n, tile.block_n // 2))
     launch(
-        rows_kernel, grid(gpu.sms, tile, S, E, N, splits), descriptor(a, [tile.block_m, tile.block_k]) if tma else a,
-        matrix(weight, block) if tma else weight, out, order, schedule, offsets, S, N, K, span,
+        rows_kernel, grid(gpu.sms, tile, S, E, N, splits), descriptor(a, [tile.block_m, k]) if tma else a,
+        matrix(weight, whole) if tma else weight, matrix(weight, half) if tma else weight, out, order, schedule,
+        offsets, S, N, K, span,
         A_TMA=tma, B_TMA=tma, B_IS_KN=not transposed, SCATTER=order is not None, EVEN=even, SWAP=tile.swap,
-        SPLITS=splits, **meta(tile),
+        SPLITS=splits, HALVES=tile.halves, **meta(tile),
     )  # fmt: skip
     return out
 
 
 def grid(sms: int, tile: GemmTile, slots: int, experts: int, columns: int, splits: int = 1) -> tuple[int]:
-    """As many programs as the GPU holds at once, or as there can be tiles."""
+    """As many programs as the GPU holds at once, or as there can be tiles or halves of tiles."""
     tiles = tile_bound(slots, experts, tile.block_m) * triton.cdiv(columns, tile.block_n) * splits
-    return (min(sms * tile.occupancy, tiles),)
+    return (min(sms * tile.occupancy, 2 * tiles if tile.halves else tiles),)
 
 
 def meta(tile: GemmTile) -> dict[str, int]:

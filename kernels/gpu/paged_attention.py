@@ -74,7 +74,7 @@ def paged_attention(
         if splits > 1:
             launch(
                 merge_splits, (n, H), partial, lse, out, query_offsets, lengths, first, n, S,
-                H=H, C=C, SPLIT=tile.split, FINE=tile.fine, BLOCK_P=min(64, 8192 // block_c), BLOCK_C=block_c,
+                C=C, SPLIT=tile.split, FINE=tile.fine, BLOCK_P=min(64, 8192 // block_c), BLOCK_C=block_c,
                 num_warps=4,
             )  # fmt: skip
     return out
@@ -212,11 +212,10 @@ def attend_splits(
 @triton.jit(do_not_specialize=["first_query", "n", "S"])
 def merge_splits(
     partial, lse, out, query_offsets, lengths, first_query, n, S,
-    H: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr, FINE: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, SPLIT: tl.constexpr, FINE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Mean of the splits that a query sees, weighted by 2^lse: one program per query and head."""
-    query, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    query, h, H = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     s = sequence_of(query, query_offsets, first_query, n, S, 1, 1)
     position = tl.load(lengths + s) - tl.load(query_offsets + s + 1) + first_query + query
     short = (position // SPLIT).to(tl.int32)
