@@ -8,10 +8,13 @@ MODEL and DRAFT are run directories (their newest checkpoint), checkpoints, or H
 
 import json
 import sys
+import time
 from pathlib import Path
 
 from moe_lm.cli import Parser, run_main
 from moe_lm.config import ConfigError
+
+SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
 def make_parser() -> Parser:
@@ -19,7 +22,12 @@ def make_parser() -> Parser:
     parser.add_argument("model", metavar="MODEL", help="the model's directory")
     parser.add_argument("--prompt", default="", help="text to continue; nothing starts a document")
     parser.add_argument("--draft", help="a draft model with the same tokenizer, for speculative decoding")
-    parser.add_argument("--draft-tokens", type=int, default=4, help="tokens per draft (default %(default)s)")
+    parser.add_argument(
+        "--speculation", help="how to guess ahead: none, ngram, draft or staged (draft with --draft, else none)"
+    )
+    parser.add_argument(
+        "--draft-tokens", type=int, default=4, help="most tokens guessed at a time (default %(default)s)"
+    )
     parser.add_argument("--max-tokens", type=int, default=128, help="most new tokens (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default %(default)s)")
     parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
@@ -28,6 +36,7 @@ def make_parser() -> Parser:
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 avoids tokens seen before")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default %(default)s)")
     parser.add_argument("--stop", action="append", default=[], help="end before this text; may be given several times")
+    parser.add_argument("--kv-memory", default="1GiB", help="most memory of the cache (default %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the computation; the model's own")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default %(default)s)")
     return parser
@@ -41,11 +50,10 @@ def main(argv: list[str]) -> None:
     from moe_lm import load, load_tokenizer
     from moe_lm.checkpoint import resolve_model_dir
     from moe_lm.data.tokenizer import end_of_text_id
-    from moe_lm.engine import Generator, SamplingParams, TextStream
+    from moe_lm.engine import Engine, SamplingParams
     from moe_lm.model.device import choose_device
 
-    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    params = SamplingParams(**{name: getattr(args, name) for name in names})
+    params = SamplingParams(**{name: getattr(args, name) for name in SAMPLING}, stop=tuple(filter(None, args.stop)))
     device, dtype = choose_device(args.device), getattr(torch, args.dtype) if args.dtype else None
     if device.type == "cpu":
         tune_process()
@@ -54,19 +62,25 @@ def main(argv: list[str]) -> None:
     draft = load(args.draft, dtype=dtype, device=device) if args.draft else None
     if draft is not None and load_tokenizer(args.draft).to_str() != tokenizer.to_str():
         raise ConfigError(f"the draft {args.draft} has another tokenizer than {args.model}: train it with this one.")
-    generator = Generator(model, draft, args.draft_tokens, end_ids(resolve_model_dir(args.model), tokenizer))
-    prompt = tokenizer.encode(args.prompt).ids or [end_of_text_id(tokenizer)]
-    stream, text = generator.stream(prompt, params), TextStream(tokenizer, tuple(args.stop))
+    engine = Engine(
+        model, tokenizer, draft, kv_memory=args.kv_memory, max_sequences=1, speculation=args.speculation,
+        draft_tokens=args.draft_tokens, stop_ids=tuple(end_ids(resolve_model_dir(args.model), tokenizer)),
+    )  # fmt: skip
+    if engine.warm_up_seconds > 1:
+        print(f"prepared in {engine.warm_up_seconds:.0f} s. {engine.describe()}", file=sys.stderr)
+    stream = engine.stream(tokenizer.encode(args.prompt).ids or [end_of_text_id(tokenizer)], params)
     print(args.prompt, end="", flush=True)
+    start, first = time.perf_counter(), None
     try:
-        for tokens in stream:
-            print(text.push(tokens), end="", flush=True)
-            if text.stopped:
-                break
-        print(text.finish())
+        for output in stream:
+            first = first or time.perf_counter()
+            print(output.text, end="", flush=True)
+            if output.error:
+                raise ConfigError(output.error)
     except KeyboardInterrupt:
-        print()
-    print(summary(stream.stats, draft is not None), file=sys.stderr)
+        stream.close()
+    print()
+    print(summary(engine, first and first - start, time.perf_counter() - start), file=sys.stderr)
 
 
 def end_ids(directory: Path, tokenizer) -> set[int]:
@@ -79,10 +93,17 @@ def end_ids(directory: Path, tokenizer) -> set[int]:
     return set()
 
 
-def summary(stats, speculative: bool) -> str:
-    line = f"{stats.tokens} tokens, {stats.tokens_per_second:.0f} tokens/s, first after {stats.prompt_seconds:.2f} s"
-    if speculative:
-        line += f", {stats.acceptance:.0%} of drafts accepted, {stats.tokens_per_step:.2f} tokens per step"
+def summary(engine, first: float | None, total: float) -> str:
+    """What a continuation took, given the seconds to its first token (None if there was none) and to its end."""
+    stats = engine.stats
+    if first is None:
+        return "no token"
+    rate = (stats.tokens - 1) / (total - first) if stats.tokens > 1 else 0.0
+    line = f"{stats.tokens} tokens, {rate:.0f} tokens/s, first after {first:.2f} s"
+    if stats.proposed:
+        line += f", {stats.acceptance:.0%} of guesses accepted, {stats.tokens_per_step:.2f} tokens per step"
+    elif engine.speculation != "none":
+        line += ", nothing guessed ahead"
     return line
 
 

@@ -1,331 +1,288 @@
-"""Cached and speculative decoding against the plain forward pass and against exact laws."""
+"""The engine alone against the plain forward pass: one request, its sampling, its ends, its refusals."""
 
-import itertools
 import math
-import random
-from collections import Counter
 
 import pytest
 import torch
-from scipy.stats import chisquare
+from engines import SHAPES, VOCABULARY, make_model, near_copy, no_leak, same, solo
 from tokenizers import Tokenizer
 
-from moe_lm.config import ConfigError, ModelConfig
+from moe_lm.config import ConfigError
 from moe_lm.data import train_tokenizer
-from moe_lm.engine import Generator, SamplingParams, TextStream, speculative
-from moe_lm.engine.cache import PAGE_SIZE
-from moe_lm.engine.runner import PREFILL_ROWS, Runner
-from moe_lm.engine.sampler import draw, probabilities
-from moe_lm.model import Transformer
+from moe_lm.engine import Engine, SamplingParams, TextStream
 
-SHAPES = {
-    "moe, one kv head": {},
-    "moe, shared expert, top-3": {"n_shared_experts": 1, "num_experts_per_tok": 3, "num_key_value_heads": 2},
-    "dense, odd sizes": {"num_local_experts": 0, "hidden_size": 60, "num_attention_heads": 3, "head_dim": 22},
-}
+pytestmark = pytest.mark.usefixtures("one_thread")
+KINDS = ("none", "ngram", "draft", "staged")
+NATIVE = pytest.mark.parametrize("native", [True, False], ids=["native", "eager"])
 
 
-def make_model(seed: int, **changes) -> Transformer:
-    shape = {
-        "vocab_size": 97, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_local_experts": 8, "max_position_embeddings": 2048, "initializer_range": 0.2,
-    } | changes  # fmt: skip
-    return Transformer(ModelConfig(**shape)).reset_parameters(torch.Generator().manual_seed(seed)).eval()
+def teacher_forced(model, tokens: list[int]) -> torch.Tensor:
+    """Log-probabilities (T, V) after each token, of one plain forward pass."""
+    with torch.no_grad():
+        return torch.log_softmax(model(torch.tensor([tokens]))[0], dim=1)
 
 
+@NATIVE
 @pytest.mark.parametrize("shape", SHAPES)
-def test_cached_decoding_computes_the_plain_forward(shape):
+def test_decoding_computes_the_plain_forward(shape, native):
     model = make_model(0, **SHAPES[shape])
-    tokens = torch.randint(0, 97, (1, 2 * PAGE_SIZE + 9))
-    with torch.no_grad():
-        whole = model(tokens)[0]
-    runner = Runner(model, tokens.shape[1])
-    first = runner.forward(tokens[0, :40].tolist())
-    rest = torch.cat([runner.forward([token]) for token in tokens[0, 40:].tolist()])
-    torch.testing.assert_close(torch.cat([first, rest]), whole[39:], rtol=1e-4, atol=1e-4)
+    prompt = torch.randint(0, VOCABULARY, (45,)).tolist()
+    params = SamplingParams(max_tokens=12, seed=3, logprobs=5, prompt_logprobs=2)
+    engine = Engine(model, native=native, max_sequences=4, max_step_tokens=16)
+    [output] = engine.generate([prompt], params)[0].samples
+    truth = teacher_forced(model, prompt + output.tokens)
+    assert output.prompt_logprobs[0] is None
+    for i, given in enumerate([*output.prompt_logprobs[1:], *output.logprobs]):
+        assert given.token == (prompt + output.tokens)[i + 1]
+        assert given.logprob == pytest.approx(truth[i, given.token].item(), abs=1e-4)
+        best = truth[i].topk(len(given.top)).values.tolist()
+        assert [value for _, value in given.top] == pytest.approx(best, abs=1e-4)
+        assert len(given.top) == (2 if i < len(prompt) - 1 else 5)
+    assert len(output.tokens) == 12
+    assert output.finish_reason == "length"
+    no_leak(engine)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("size", [2, 5, 8, 13])
-def test_a_token_has_the_same_bits_alone_and_in_a_draft(shape, size):
-    model = make_model(1, **SHAPES[shape])
-    tokens = torch.randint(0, 97, (PAGE_SIZE + 40,)).tolist()
-    alone, together = Runner(model, 200), Runner(model, 200)
-    alone.forward(tokens[:50])
-    together.forward(tokens[:50])
-    one = torch.cat([alone.forward([token]) for token in tokens[50:]])
-    parts = [tokens[i : i + size] for i in range(50, len(tokens), size)]
-    many = torch.cat([together.forward(part, last=len(part)) for part in parts])
-    assert torch.equal(one, many)
-
-
-def test_a_truncated_cache_forgets():
-    model = make_model(2)
-    runner = Runner(model, 300)
-    runner.forward(list(range(90)))
-    expected = runner.forward([5, 6, 7], last=3)
-    runner.truncate(90)
-    runner.forward([50, 51, 52, 53, 54])
-    runner.truncate(90)
-    assert torch.equal(runner.forward([5, 6, 7], last=3), expected)
-
-
-def test_a_long_prompt_is_read_in_pieces():
-    model = make_model(3)
-    tokens = torch.randint(0, 97, (2 * PREFILL_ROWS + 3,)).tolist()
-    with torch.no_grad():
-        expected = model(torch.tensor([tokens]))[0, -1:]
-    torch.testing.assert_close(Runner(model, len(tokens)).forward(tokens), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("draft_tokens", [4, 9])
+@NATIVE
+@pytest.mark.parametrize("kind", KINDS[1:])
 @pytest.mark.parametrize("draft", ["another model", "the model itself", "a near copy"])
-def test_greedy_speculation_changes_no_token(shape, draft_tokens, draft):
-    model = make_model(4, **SHAPES[shape])
-    other = make_model(5, **SHAPES[shape])
-    if draft == "the model itself":
-        other = model
-    elif draft == "a near copy":
-        other.load_state_dict(model.state_dict())
-        with torch.no_grad():
-            other.lm_head.weight += 0.1 * torch.randn_like(other.lm_head.weight)
-    params = SamplingParams(max_tokens=40, temperature=0)
-    for prompt in ([1], [7] * 70):
-        plain = Generator(model).generate(prompt, params)
-        fast = Generator(model, other, draft_tokens).generate(prompt, params)
-        assert fast.tokens == plain.tokens
-        assert plain.stats.steps == 39
-        if draft == "the model itself":
-            assert fast.stats.acceptance == 1
-            assert fast.stats.steps == math.ceil(39 / (draft_tokens + 1))
+def test_greedy_speculation_changes_no_bit(kind, draft, native):
+    model = make_model(4)
+    other = {"another model": make_model(5), "the model itself": model, "a near copy": near_copy(model)}[draft]
+    params = SamplingParams(max_tokens=24, temperature=0, logprobs=2)
+    engine = Engine(model, draft=other, speculation=kind, draft_tokens=5, adaptive=False, native=native)
+    prompts = [[1], [7] * 70]
+    for prompt, result in zip(prompts, engine.generate(prompts, params), strict=True):
+        assert same(result, solo(model, prompt, params, native=native))
+    if draft == "the model itself" and kind != "ngram":
+        assert engine.stats.acceptance == 1
+        assert engine.stats.tokens_per_step == pytest.approx(2 * 23 / (2 * math.ceil(23 / 6)))
+    if kind == "ngram":
+        assert engine.stats.proposed
+    no_leak(engine)
 
 
-def test_penalties_and_filters_hold_under_greedy_speculation():
-    model, draft = make_model(6), make_model(7)
-    params = SamplingParams(max_tokens=50, temperature=0, repetition_penalty=1.5)
-    plain = Generator(model).generate([1, 2, 3], params)
-    assert Generator(model, draft, 4).generate([1, 2, 3], params).tokens == plain.tokens
-    assert plain.tokens != Generator(model).generate([1, 2, 3], SamplingParams(max_tokens=50, temperature=0)).tokens
+def test_a_draft_that_agrees_needs_fewer_steps_and_is_counted_by_place():
+    model = make_model(6)
+    engine = Engine(model, draft=near_copy(model, 0.05), draft_tokens=3, adaptive=False)
+    engine.generate([[1, 2, 3]], SamplingParams(max_tokens=41, temperature=0))
+    stats = engine.stats
+    [proposed], [accepted] = stats.proposed_at.values(), stats.accepted_at.values()
+    assert stats.tokens == 41
+    assert stats.decoded == 40 == stats.accepted + stats.decodes
+    assert len(proposed) == 3
+    assert all(a <= p for a, p in zip(accepted, proposed, strict=True))
+    assert accepted == sorted(accepted, reverse=True)
+    assert stats.verifies == proposed[0] > 0
+    assert stats.steps == stats.decodes + 1
+    assert 0.5 < stats.acceptance < 1
+    touched = {n: total / stats.decodes_of[n] for n, total in stats.experts_touched.items()}
+    assert touched[4] > 2, "a draft of 3 touches more than one token's 2 experts"
+    assert set(stats.seconds) == {"schedule", "draft", "forward", "sample", "output"}
 
 
-SMALL = {"vocab_size": 4, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_local_experts": 4}
-SAMPLED = SamplingParams(max_tokens=6, temperature=1.3, repetition_penalty=1.2, min_p=0.02)
+def test_the_draft_length_is_learned_and_reported():
+    model = make_model(16)
+    prompts, params = [[i, 2, 3] for i in range(3)], SamplingParams(max_tokens=120, temperature=0)
+    engine = Engine(model, draft=model, draft_tokens=4)
+    results = engine.generate(prompts, params)
+    for prompt, result in zip(prompts, results, strict=True):
+        assert result.tokens == solo(model, prompt, params)[0].tokens
+    report = engine.speculation_reports()["draft"]
+    assert 0 < report.probes <= report.steps
+    assert report.acceptance_at[0] == 1
+    assert report.cost_ratio > 0
+    assert engine.stats.proposed_at["draft"] == report.proposed_at[: len(engine.stats.proposed_at["draft"])]
+    assert engine.warm_up_seconds > 0
 
 
-def exact_law(model: Transformer, prompt: list[int], length: int) -> dict[tuple[int, ...], float]:
-    """Probability of every continuation of `length` tokens, one plain forward pass at a time."""
-    law = {(): 1.0}
-    for _ in range(length):
-        longer = {}
-        for tokens, mass in law.items():
-            sequence = [*prompt, *tokens]
-            with torch.no_grad():
-                logits = model(torch.tensor([sequence]))[0, -1:]
-            for token, p in enumerate(probabilities(logits, SAMPLED, [sequence])[0].tolist()):
-                longer[*tokens, token] = mass * p
-        law = longer
-    return law
-
-
-def p_value(law: dict[tuple[int, ...], float], counts: Counter) -> float:
-    total = counts.total()
-    likely = [key for key, p in law.items() if p * total >= 5]
-    observed, expected = [counts[key] for key in likely], [law[key] * total for key in likely]
-    rest = total - sum(expected)
-    if rest >= 5:
-        observed.append(total - sum(observed))
-        expected.append(rest)
-    else:
-        expected = [e * sum(observed) / sum(expected) for e in expected]
-    return chisquare(observed, expected).pvalue
-
-
-def sampled_counts(model: Transformer, draft: Transformer, number: int) -> Counter:
-    """Tokens 2 to 4 of 6, which one verified draft of up to 4 brings, with the first one before them."""
-    generator = Generator(model, draft, 4)
-    counts: Counter = Counter()
-    for seed in range(number):
-        tokens = generator.generate([1, 2], SamplingParams(**(vars(SAMPLED) | {"seed": seed}))).tokens
-        counts[tuple(tokens[1:4])] += 1
-    return counts
-
-
-@pytest.fixture(scope="module")
-def small_pair():
-    return make_model(8, **SMALL), make_model(9, **SMALL)
-
-
-@pytest.fixture(scope="module")
-def law_of_three(small_pair):
-    law: Counter = Counter()
-    for tokens, p in exact_law(small_pair[0], [1, 2], 4).items():
-        law[tokens[1:]] += p
-    return law
-
-
-def test_sampled_speculation_has_the_targets_law(small_pair, law_of_three):
-    counts = sampled_counts(*small_pair, 1000)
-    assert p_value(law_of_three, counts) > 1e-3
-
-
-def test_a_broken_acceptance_rule_shows(small_pair, law_of_three, monkeypatch):
-    """The test above can fail: accepting everything, or replacing from the target itself, is found out."""
-
-    def accept_all(draft, target, tokens, uniforms):
-        return len(tokens), draw(target[len(tokens)], uniforms[-1])
-
-    monkeypatch.setattr("moe_lm.engine.generator.accept", accept_all)
-    assert p_value(law_of_three, sampled_counts(*small_pair, 500)) < 1e-6
-
-
-def accepted_law(rule, trials: int) -> float:
-    """p-value of the first three tokens that `rule` gives for fixed random rows, against the target's rows."""
-    rows = torch.rand(4, 3, generator=torch.Generator().manual_seed(3)) ** 2
-    target, other = rows / rows.sum(1, keepdim=True), rows.flip(1) / rows.sum(1, keepdim=True)
-    law = {
-        key: math.prod(target[i, token].item() for i, token in enumerate(key))
-        for key in itertools.product(range(3), repeat=3)
-    }
-    random_ = random.Random(0)
-    counts: Counter = Counter()
-    for _ in range(trials):
-        tokens = [draw(other[i], random_.random()) for i in range(3)]
-        count, token = rule(other[:3], target, tokens, [random_.random() for _ in range(4)])
-        emitted = [*tokens[:count], token]
-        # What the step did not reach is drawn plainly, as later steps would.
-        emitted += [draw(target[i], random_.random()) for i in range(len(emitted), 3)]
-        counts[tuple(emitted[:3])] += 1
-    return p_value(law, counts)
-
-
-def test_accept_gives_the_targets_law():
-    assert accepted_law(speculative.accept, 6000) > 1e-3
-
-
-@pytest.mark.parametrize("fault", ["accepts all", "replaces from the target", "compares the wrong way"])
-def test_faults_in_accept_show(fault):
-    def rule(draft, target, tokens, uniforms):
-        for i, token in enumerate(tokens):
-            p, q = target[i, token].item(), draft[i, token].item()
-            rejected = {"accepts all": False, "compares the wrong way": uniforms[i] * p >= q}.get(
-                fault, uniforms[i] * q >= p
-            )
-            if rejected:
-                residual = target[i] if fault == "replaces from the target" else (target[i] - draft[i]).clamp(min=0)
-                return i, draw(residual if residual.any() else target[i], uniforms[-1])
-        return len(tokens), draw(target[len(tokens)], uniforms[-1])
-
-    assert accepted_law(rule, 6000) < 1e-6
-
-
-def test_accept_on_certainties():
-    one_hot = torch.eye(3)
-    assert speculative.accept(one_hot[:2], one_hot, [0, 1], [0.999, 0.999, 0.5]) == (2, 2)
-    assert speculative.accept(one_hot[:2], one_hot, [1, 1], [0.0, 0.0, 0.5]) == (0, 0)
-    same = torch.tensor([[0.5, 0.5]])
-    assert speculative.accept(same, torch.cat([same, same]), [1], [0.999, 0.2]) == (1, 0)
-    assert speculative.accept(None, same, [], [0.7]) == (0, 1)
-
-
-def test_draw_never_takes_the_impossible():
-    p = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0])
-    assert draw(p, 0.0) == 1
-    assert draw(p, 0.25) == 3
-    assert draw(p, 1 - 2**-53) == 3
-    assert {draw(p * 1e-30, u / 100) for u in range(100)} == {1, 3}
-
-
-def test_filters_against_loops():
-    logits = torch.randn(6, 30) * 3
-    contexts = [[1, 2, 2, 29]] * 6
-    for params in (
-        SamplingParams(temperature=0.5), SamplingParams(top_k=5), SamplingParams(top_p=0.6),
-        SamplingParams(min_p=0.2), SamplingParams(repetition_penalty=1.7),
-        SamplingParams(temperature=2, top_k=9, top_p=0.8, min_p=0.05, repetition_penalty=0.8),
-    ):  # fmt: skip
-        got = probabilities(logits, params, contexts)
-        for row, scores, context in zip(got, logits.tolist(), contexts, strict=True):
-            penalty = params.repetition_penalty
-            for token in set(context):
-                scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
-            masses = [math.exp(score / params.temperature) for score in scores]
-            order = sorted(range(30), key=lambda token: -masses[token])
-            if params.top_k:
-                order = order[: params.top_k]
-            total, kept, reached = sum(masses[token] for token in order), [], 0.0
-            for token in order:
-                if params.top_p < 1 and reached >= params.top_p * total:
-                    break
-                kept.append(token)
-                reached += masses[token]
-            kept = [token for token in kept if masses[token] >= params.min_p * masses[order[0]]]
-            true = torch.zeros(30)
-            true[kept] = torch.tensor([masses[token] for token in kept])
-            torch.testing.assert_close(row, true / true.sum())
-
-
-def test_seeds_repeat_and_differ():
+def test_seeds_repeat_differ_and_belong_to_samples():
     model = make_model(10)
-
-    def tokens(seed):
-        return Generator(model).generate([1], SamplingParams(max_tokens=20, seed=seed)).tokens
-
-    assert tokens(3) == tokens(3)
-    assert tokens(3) != tokens(4)
+    prompts = [[1, 2], [5] * 20]
+    params = [SamplingParams(max_tokens=20, seed=seed, n=3) for seed in (3, 4)]
+    first, second = Engine(model).generate(prompts, params), Engine(model).generate(prompts[::-1], params[::-1])
+    assert [result.samples for result in first] != [result.samples for result in second[::-1]], "the ids differ"
+    for one, other in zip(first, second[::-1], strict=True):
+        assert same(one, other.samples)
+    tokens = [output.tokens for result in first for output in result.samples]
+    assert len(set(map(tuple, tokens))) == 6
+    assert tokens[0] == solo(model, prompts[0], SamplingParams(max_tokens=20, seed=3))[0].tokens
 
 
 def test_end_tokens_stop_in_the_middle_of_a_draft():
     model = make_model(11)
     params = SamplingParams(max_tokens=60, temperature=0)
-    free = Generator(model).generate([5], params).tokens
+    free = solo(model, [5], params)[0].tokens
     end = free[17]
     cut = free[: free.index(end) + 1]
     for draft in (None, model):
-        result = Generator(model, draft, 4, stop_ids=[end]).generate([5], params)
+        settings = {"draft": draft, "adaptive": False}
+        [result] = Engine(model, stop_ids=(end,), **settings).generate([[5]], params)
+        assert (result.tokens, result.samples[0].finish_reason) == (cut, "stop")
+        assert result.samples[0].stop_reason == end
+        [result] = Engine(model, **settings).generate([[5]], SamplingParams(60, temperature=0, stop_token_ids=[end]))
         assert result.tokens == cut
-        assert result.finish_reason == "stop"
-    assert Generator(model).generate([5], params).finish_reason == "length"
+        [result] = Engine(model, stop_ids=(end,), **settings).generate(
+            [[5]], SamplingParams(60, temperature=0, ignore_eos=True)
+        )
+        assert (result.tokens, result.samples[0].finish_reason) == (free, "length")
 
 
-def test_stats_add_up():
-    model, draft = make_model(12), make_model(13)
-    stats = Generator(model, draft, 4).generate([1, 2], SamplingParams(max_tokens=40, seed=1)).stats
-    assert stats.tokens == 40
-    assert stats.proposed == sum(stats.proposed_at)
-    assert stats.accepted == sum(stats.accepted_at)
-    assert stats.tokens - 1 == stats.accepted + stats.steps
-    assert stats.tokens_per_step == pytest.approx(39 / stats.steps)
+def test_penalties_and_bias_hold_under_speculation():
+    model, draft = make_model(6), make_model(7)
+    for changes in ({"repetition_penalty": 1.5}, {"presence_penalty": 1.5}, {"frequency_penalty": 1.0},
+                    {"logit_bias": {7: 5.0, 9: -100.0}}):  # fmt: skip
+        params = SamplingParams(max_tokens=40, temperature=0, **changes)
+        expected = solo(model, [1, 2, 3], params)
+        assert expected[0].tokens != solo(model, [1, 2, 3], SamplingParams(40, temperature=0))[0].tokens
+        for kind in KINDS:
+            engine = Engine(model, draft=draft, speculation=kind, adaptive=False)
+            assert same(engine.generate([[1, 2, 3]], params)[0], expected)
+
+
+def test_stream_and_step_give_what_generate_gives(tokenizer):
+    model = make_model(12, vocab_size=300)
+    params = SamplingParams(max_tokens=25, temperature=0.8, seed=5, logprobs=0)
+    engine = Engine(model, tokenizer, draft=near_copy(model), adaptive=False)
+    [whole] = engine.generate(["the end"], params)
+    outputs = list(engine.stream("the end", params))
+    assert [token for output in outputs for token in output.tokens] == whole.tokens
+    assert "".join(output.text for output in outputs) == whole.text
+    assert len(outputs) > 1
+    assert [output.finish_reason for output in outputs[:-1]] == [None] * (len(outputs) - 1)
+    assert all(len(o.tokens) == len(o.sources) == len(o.logprobs) for o in outputs)
+    assert {source for output in outputs for source in output.sources} <= {"target", "draft"}
+    assert whole.prompt == tokenizer.encode("the end").ids
+    request_id = engine.add("the end", params, "mine")
+    assert request_id == "mine"
+    with pytest.raises(ConfigError, match="request_id = 'mine' is taken"):
+        engine.add("the end", params, "mine")
+    found = []
+    while engine.has_work:
+        found += engine.step()
+    assert [token for output in found for token in output.tokens] == whole.tokens
+    no_leak(engine)
+
+
+def test_a_stream_that_is_closed_ends_its_request():
+    engine = Engine(make_model(0))
+    other = engine.add([1, 2], SamplingParams(max_tokens=5, temperature=0))
+    stream = engine.stream([3, 4], SamplingParams(max_tokens=100, temperature=0))
+    next(stream)
+    stream.close()
+    found = []
+    while engine.has_work:
+        found += engine.step()
+    assert [output.finish_reason for output in found if output.request_id != other] == ["abort"]
+    tokens = [token for output in found if output.request_id == other for token in output.tokens]
+    assert tokens == solo(make_model(0), [1, 2], SamplingParams(max_tokens=5, temperature=0))[0].tokens
+    no_leak(engine)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stop_texts_cut_the_output_at_any_place_of_a_draft(tokenizer, kind):
+    model = make_model(13, vocab_size=300)
+    free = Engine(model, tokenizer).generate(["the"], SamplingParams(max_tokens=40, temperature=0))[0]
+    for start in range(2, len(free.text) - 6, 5):
+        stop = free.text[start : start + 3]
+        params = SamplingParams(max_tokens=40, temperature=0, stop=(stop, "never"))
+        engine = Engine(model, tokenizer, draft=near_copy(model), speculation=kind, adaptive=False)
+        [output] = engine.generate(["the"], params)[0].samples
+        assert output.text == free.text[: free.text.index(stop)]
+        assert (output.finish_reason, output.stop_reason) == ("stop", stop)
+        assert output.tokens == free.tokens[: len(output.tokens)]
+        before = TextStream(tokenizer, params.stop)
+        before.push(output.tokens[:-1])
+        assert not before.stopped, "the token that completes the stop text is the last"
+
+
+@NATIVE
+def test_a_logit_that_is_not_finite_fails_its_request_alone(native):
+    model = make_model(14)
+    with torch.no_grad():
+        model.embed_tokens[96] = float("nan")
+    params = SamplingParams(max_tokens=12, temperature=0, n=2)
+    engine = Engine(model, native=native, draft=near_copy(make_model(14)), adaptive=False)
+    bad, good = engine.generate([[1, 96, 2], [1, 2, 3]], params)
+    assert [output.finish_reason for output in bad.samples] == ["error", "error"]
+    assert "not finite" in bad.samples[0].error
+    assert bad.samples[0].tokens == []
+    assert same(good, solo(make_model(14), [1, 2, 3], params, native=native))
+    no_leak(engine)
+
+
+def test_the_tokens_before_a_bad_logit_are_the_same_with_and_without_a_draft():
+    """The model runs into a token that it cannot read; the draft guesses on past it."""
+    clean, model = make_model(15), make_model(15)
+    free = solo(clean, [1, 2], SamplingParams(max_tokens=20, temperature=0))[0].tokens
+    bad = next(token for i, token in enumerate(free) if i > 4 and token not in (1, 2, *free[:i]))
+    with torch.no_grad():
+        model.embed_tokens[bad] = float("nan")
+    params = SamplingParams(max_tokens=20, temperature=0)
+    for draft in (None, clean):
+        [output] = Engine(model, draft=draft, adaptive=False).generate([[1, 2]], params)[0].samples
+        assert output.tokens == free[: free.index(bad) + 1]
+        assert output.finish_reason == "error"
 
 
 @pytest.mark.parametrize(
     ("prompt", "params", "message"),
     [
         ([], {}, "the prompt is empty"),
-        ([97], {}, "token ids outside 0 to 96"),
-        ([1] * 2000, {"max_tokens": 100}, r"2000 tokens of prompt and max_tokens = 100 make 2100, more than .* 2048"),
+        ([97], {}, "the prompt holds token id 97, outside 0 to 96"),
+        ([1], {"logit_bias": {-1: 2.0}}, "logit_bias holds token id -1"),
+        ([1], {"stop_token_ids": (200,)}, "stop_token_ids holds token id 200"),
+        ([1] * 500, {"max_tokens": 100}, "500 tokens of prompt and max_tokens = 100 make 600, more than .* 512"),
+        ([1], {"stop": "x"}, "stop texts need a tokenizer"),
+        ([1], {"speculation": "staged"}, "speculation = 'staged' needs a draft model"),
+        ("text", {}, "the prompt is text and the engine has no tokenizer"),
     ],
 )
-def test_bad_prompts_are_refused(prompt, params, message):
+def test_what_cannot_be_served_is_refused(prompt, params, message):
+    engine = Engine(make_model(0))
     with pytest.raises(ConfigError, match=message):
-        Generator(make_model(0)).generate(prompt, SamplingParams(**params))
+        engine.generate([[1, 2], prompt], SamplingParams(**params) if params.get("stop") is None or prompt else None)
+    while engine.has_work:
+        engine.step()
+    no_leak(engine)
+
+
+def test_a_request_that_the_cache_can_never_hold_is_refused_with_the_numbers():
+    engine = Engine(make_model(0), kv_memory=4 * 16 * 2 * 2 * 16 * 4)
+    assert engine.scheduler.pool.num_blocks == 4
+    with pytest.raises(ConfigError, match=r"need 5 cache blocks of 16 tokens, more than the 4 that kv_memory holds"):
+        engine.add([1] * 60, SamplingParams(max_tokens=10))
+    engine.add([1] * 55, SamplingParams(max_tokens=10))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"draft": make_model(0, vocab_size=50)}, "vocab_size = 50 is not the model's 97"),
+        ({"draft_tokens": 0}, "draft_tokens = 0 must be between 1 and 16"),
+        ({"kv_memory": "many"}, "kv_memory = 'many' is no size; write it as 2GiB"),
+        ({"kv_memory": 100}, "kv_memory = 100 holds no cache block, of 4096 bytes"),
+        ({"speculation": "draft"}, "speculation = 'draft' needs a draft model"),
+        ({"speculation": "oracle"}, "speculation = 'oracle' is unknown; choose from none, ngram"),
+        ({"max_sequences": 0}, "max_sequences = 0 must be at least 1"),
+        ({"max_step_tokens": 8, "max_sequences": 16}, "max_step_tokens = 8 must be at least max_sequences = 16"),
+        ({"native": True, "kv_dtype": torch.float16}, "native = True is asked for and cannot be: the cache is"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Engine(make_model(0), **settings)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [("max_tokens", 0), ("temperature", -1), ("temperature", float("nan")), ("top_k", -1), ("top_p", 0), ("top_p", 1.5),
-     ("min_p", -0.1), ("repetition_penalty", 0), ("temperature", float("inf")), ("seed", -1)],
+     ("min_p", -0.1), ("repetition_penalty", 0), ("temperature", float("inf")), ("seed", -1), ("n", 0), ("n", 1000),
+     ("presence_penalty", 3), ("frequency_penalty", -2.5), ("logprobs", 65), ("draft_tokens", 17)],
 )  # fmt: skip
 def test_bad_sampling_parameters_are_refused(name, value):
     with pytest.raises(ConfigError, match=f"{name} = {value}"):
         SamplingParams(**{name: value})
-
-
-def test_a_draft_of_another_vocabulary_is_refused():
-    with pytest.raises(ConfigError, match="vocab_size = 50 is not the model's 97"):
-        Generator(make_model(0), make_model(0, vocab_size=50))
-    with pytest.raises(ConfigError, match="draft_tokens = 0"):
-        Generator(make_model(0), make_model(0), 0)
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +295,7 @@ def tokenizer() -> Tokenizer:
 )
 @pytest.mark.parametrize("stop", [(), ("STOP",), ("here", "STOP", "")])
 def test_streamed_text_is_the_whole_text_up_to_the_stop(tokenizer, text, stop):
-    ends = [text.find(each) for each in stop if each and each in text]
+    ends = {text.find(each): each for each in stop if each and each in text}
     expected = text[: min(ends)] if ends else text
     tokens = tokenizer.encode(text).ids
     for size in (1, 2, 3, len(tokens)):
@@ -349,4 +306,4 @@ def test_streamed_text_is_the_whole_text_up_to_the_stop(tokenizer, text, stop):
             if stream.stopped:
                 break
         assert shown + stream.finish() == expected
-        assert stream.stopped == bool(ends)
+        assert stream.found == (ends[min(ends)] if ends else None)

@@ -13,6 +13,7 @@ import kernels
 from kernels import tiles
 from kernels.gpu.launch import Target, assume
 from moe_lm.config import ModelConfig
+from moe_lm.engine.batch import Piece
 from moe_lm.engine.runner import Runner
 from moe_lm.model import Transformer
 
@@ -99,8 +100,9 @@ def test_decoding_is_the_cpu_backends():
     for backend, device in (("gpu", DEVICE), ("cpu", "cpu")):
         model = Transformer(MICRO).reset_parameters(torch.Generator().manual_seed(3)).to(device)
         with kernels.use_backend(backend):
-            runner = Runner(model, 64)
-            parts = [runner.forward(prompt), runner.forward(rest[:1]), runner.forward(rest[1:], last=4)]
+            runner = Runner(model, 4, 16, native=False)
+            steps = [Piece(prompt, 0, [2, 0], 1), Piece(rest[:1], 11, [2, 0], 1), Piece(rest[1:], 12, [2, 0], 4)]
+            parts = [runner.forward([piece]).logits for piece in steps]
         logits[backend] = torch.cat(parts).cpu()
     torch.testing.assert_close(logits["gpu"], logits["cpu"], rtol=1e-4, atol=1e-5)
 
@@ -114,8 +116,10 @@ def test_fake_cuda_tensors_go_through_the_forward_pass_and_decoding():
         losses = model.losses(tokens, tokens, tokens)
         assert losses.nll.device.type == losses.expert_counts.device.type == "cuda"
         assert losses.expert_counts.shape == (2, 4)
-        runner = Runner(model, 64)
-        assert runner.forward([1, 2, 3], last=3).shape == (3, MICRO.vocab_size)
+        step = Runner(model, 4, 16).forward([Piece([1, 2, 3], 0, [1], 3), Piece([4], 7, [3], 1)])
+        assert step.logits.shape == (4, MICRO.vocab_size)
+        assert step.experts.shape == (MICRO.num_hidden_layers, 4, MICRO.num_experts_per_tok)
+        assert step.logits.device.type == step.experts.device.type == "cuda"
 
 
 def test_a_training_step_with_gradients_goes_through_fake_tensors(small_tiles):

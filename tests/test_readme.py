@@ -178,7 +178,7 @@ def test_generating_command(command, here, monkeypatch, capfd):
     shown, messages = capfd.readouterr()
     assert shown.startswith(value_of(words, "--prompt"))
     assert "tokens/s" in messages
-    assert ("of drafts accepted" in messages) == ("--draft" in words)
+    assert ("guesse" in messages) == ("--draft" in words)
 
 
 @pytest.mark.parametrize("command", [command for command in RUN if command.startswith("python -m moe_lm.bench.")])
@@ -221,6 +221,22 @@ def test_snippet(snippet, here, capfd):
     for said in re.findall(r"print\(.*\)  # (.*)$", snippet, re.MULTILINE):
         assert said in shown
     assert shown.strip() or "print" not in snippet
+
+
+@pytest.mark.parametrize("document", ["engine", "kernels"])
+def test_snippets_of_a_document(document, here, capfd):
+    """One after the other, as they are read."""
+    names = {"__name__": document}
+    text = (ROOT / "docs" / f"{document}.md").read_text("utf-8")
+    snippets = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    for snippet in snippets:
+        exec(compile(snippet, f"docs/{document}.md", "exec"), names)
+    shown = capfd.readouterr().out
+    assert shown.strip() or "print" not in "".join(snippets)
+    for said in re.findall(r"print\(.*\)  # (.*)$", text, re.MULTILINE):
+        assert said in shown
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (ROOT / "docs" / link).exists(), link
 
 
 def test_files_that_it_names_are_there(here):

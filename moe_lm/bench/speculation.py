@@ -9,14 +9,39 @@ are medians over prompts and repeats, the speed-up is the median of the pairs' r
 import dataclasses
 import json
 import statistics
+import time
+from itertools import zip_longest
+from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-from moe_lm.engine import Generator, SamplingParams, Stats
+from moe_lm.engine import Engine, SamplingParams, Stats
 from moe_lm.model import Transformer
 from moe_lm.train.report import SpeculationRow
 
 PROMPTS = ("def main(", "class ", "import os\n")
+
+
+class Run(NamedTuple):
+    """One continuation."""
+
+    stats: Stats
+    tokens_per_second: float
+    """After the first token."""
+
+
+def run(engine: Engine, tokens: list[int], params: SamplingParams) -> Run:
+    engine.reset_stats()
+    first = None
+    for _ in engine.stream(tokens, params):
+        now = time.perf_counter()
+        first = first or now
+    return Run(engine.stats, (engine.stats.tokens - 1) / (now - first) if now > first else 0.0)
+
+
+def total(counts: list[dict[str, list[int]]]) -> list[int]:
+    """Sums by place in the draft, over all kinds of speculation."""
+    return [sum(places) for places in zip_longest(*(own for each in counts for own in each.values()), fillvalue=0)]
 
 
 def compare(
@@ -24,34 +49,33 @@ def compare(
     draft_tokens: int = 4, repeats: int = 3,
 ) -> SpeculationRow:  # fmt: skip
     """Continue every prompt `repeats` times both ways, each pair with a seed of its own; never stops early."""
-    generators = {"plain": Generator(model), "speculative": Generator(model, draft, draft_tokens)}
-    stats: dict[str, list[Stats]] = {name: [] for name in generators}
+    engines = {
+        name: Engine(model, tokenizer, draft, speculation=name, draft_tokens=draft_tokens, max_sequences=1)
+        for name in ("none", "draft")
+    }  # fmt: skip
+    runs: dict[str, list[Run]] = {name: [] for name in engines}
     for prompt in prompts:
         tokens = tokenizer.encode(prompt).ids
-        for generator in generators.values():  # the first pass of a shape compiles its kernels
-            generator.generate(tokens, dataclasses.replace(params, max_tokens=8))
+        for engine in engines.values():  # the first step of a shape compiles its kernels
+            run(engine, tokens, dataclasses.replace(params, max_tokens=min(8, params.max_tokens)))
         for repeat in range(repeats):
-            order = list(generators) if repeat % 2 == 0 else list(generators)[::-1]
+            order = list(engines) if repeat % 2 == 0 else list(engines)[::-1]
             for name in order:
-                seeded = dataclasses.replace(params, seed=params.seed + repeat)
-                stats[name].append(generators[name].generate(tokens, seeded).stats)
-    rates = {name: [each.tokens_per_second for each in runs] for name, runs in stats.items()}
-    drafted = stats["speculative"]
-    places = max((len(each.proposed_at) for each in drafted), default=0)
-
-    def total(name: str, place: int) -> int:
-        counts = [getattr(each, name) for each in drafted]
-        return sum(count[place] for count in counts if place < len(count))
-
-    reached = [total("proposed_at", 0), *(total("accepted_at", place) for place in range(places))]
+                runs[name].append(run(engines[name], tokens, dataclasses.replace(params, seed=params.seed + repeat)))
+    rates = {name: [each.tokens_per_second for each in own] for name, own in runs.items()}
+    drafted = [each.stats for each in runs["draft"]]
+    proposed = total([stats.proposed_at for stats in drafted])
+    accepted = total([stats.accepted_at for stats in drafted])
+    # A place is reached by the guesses whose earlier places all stood.
+    reached = [sum(stats.verifies for stats in drafted), *accepted]
     return SpeculationRow(
         sampling="greedy" if params.temperature == 0 else f"temperature {params.temperature:g}",
-        plain_tokens_per_s=statistics.median(rates["plain"]),
-        speculative_tokens_per_s=statistics.median(rates["speculative"]),
-        speedup=statistics.median(s / p for s, p in zip(rates["speculative"], rates["plain"], strict=True)),
-        acceptance=sum(each.accepted for each in drafted) / max(1, sum(each.proposed for each in drafted)),
-        tokens_per_step=sum(each.tokens - 1 for each in drafted) / max(1, sum(each.steps for each in drafted)),
-        accepted_at=tuple(total("accepted_at", i) / max(1, reached[i]) for i in range(places)),
+        plain_tokens_per_s=statistics.median(rates["none"]),
+        speculative_tokens_per_s=statistics.median(rates["draft"]),
+        speedup=statistics.median(s / p for s, p in zip(rates["draft"], rates["none"], strict=True)),
+        acceptance=sum(accepted) / max(1, sum(proposed)),
+        tokens_per_step=sum(stats.decoded for stats in drafted) / max(1, sum(stats.decodes for stats in drafted)),
+        accepted_at=tuple(number / max(1, at) for number, at in zip(accepted, reached, strict=False)),
     )
 
 

@@ -12,7 +12,7 @@ from moe_lm.bench import machine
 from moe_lm.bench.speculation import as_table, compare
 from moe_lm.config import RunConfig
 from moe_lm.data.tokenizer import end_of_text_id
-from moe_lm.engine import Generator, SamplingParams
+from moe_lm.engine import Engine, SamplingParams
 from moe_lm.scaling.counts import parameters
 from moe_lm.train.report import ModelFacts, RunFacts, Sample, SpeculationRow, write_report
 from moe_lm.train.run import TrainedModel
@@ -24,12 +24,14 @@ def talk(run_dir: Path, config: RunConfig, trained: list[TrainedModel], command:
     model, *drafts = (load(each.run_dir, device=device) for each in trained)
     draft = drafts[0] if drafts else None
     sample = config.sample
-    generator = Generator(model, draft, sample.draft_tokens, stop_ids={end_of_text_id(tokenizer)})
+    engine = Engine(
+        model, tokenizer, draft, draft_tokens=sample.draft_tokens, stop_ids=(end_of_text_id(tokenizer),),
+        max_sequences=len(sample.prompts),
+    )  # fmt: skip
+    params = SamplingParams(sample.max_tokens, temperature=sample.temperature, seed=config.train.seed)
     samples = []
-    for prompt in sample.prompts:
-        params = SamplingParams(sample.max_tokens, temperature=sample.temperature, seed=config.train.seed)
-        result = generator.generate(tokenizer.encode(prompt).ids, params)
-        samples.append(Sample(prompt, tokenizer.decode(result.tokens), result.finish_reason))
+    for prompt, result in zip(sample.prompts, engine.generate(list(sample.prompts), params), strict=True):
+        samples.append(Sample(prompt, tokenizer.decode(result.tokens), result.samples[0].finish_reason))
         print(f"\n--- {prompt!r}\n{prompt}{samples[-1].text}")
     rows: list[SpeculationRow] = []
     if draft is not None:

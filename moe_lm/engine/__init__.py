@@ -1,7 +1,8 @@
-"""Serving without a server: KV cache, sampling, speculative decoding. The first form, for one sequence at a time."""
+"""Serving without a server: continuous batching, a paged cache, sampling, speculation."""
 
-from moe_lm.engine.generator import Generation, Generator, Stats
-from moe_lm.engine.sampler import SamplingParams
+from moe_lm.engine.engine import Engine
+from moe_lm.engine.request import Logprob, Output, Result, SamplingParams, TokenMask
+from moe_lm.engine.stats import Stats
 from moe_lm.engine.text import TextStream
 
-__all__ = ["Generation", "Generator", "SamplingParams", "Stats", "TextStream"]
+__all__ = ["Engine", "Logprob", "Output", "Result", "SamplingParams", "Stats", "TextStream", "TokenMask"]

@@ -1,59 +1,136 @@
-"""A model with the cache of one sequence: tokens in, logits out."""
+"""A model with the cache of many sequences: pieces of them in, logits out.
+
+On a CPU a step is one native call if there is a C++ compiler (kernels.cpu.decoder), which gives a row the same bits in
+every batch. Else the model runs as it is written. Its matrix products then choose their kernels by the number of rows,
+and so a row's last bits depend on the batch; where that must not be, steps are cut into passes of ROWS rows.
+
+L layers, N new tokens, R rows whose logits are wanted, G key-value heads, C channels of a head, K experts per token.
+"""
+
+import math
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
-from moe_lm.engine.cache import KVCache
+import kernels
+from moe_lm.config import ConfigError, ModelConfig
+from moe_lm.engine.batch import Batch, Piece, build, passes
+from moe_lm.engine.native import make_decoder, why_not
 from moe_lm.model import Transformer
+from moe_lm.model.attention import Rotation
+from moe_lm.model.layers import rotary_angles
 
 ROWS = 8
-"""Tokens whose logits are wanted go through the model in passes of this many rows, short ones filled up: one new token
-and a draft to verify then meet matrix products of one shape, which give a token's float32 logits the same bits."""
-PREFILL_ROWS = 256
-"""Rows in one pass over a prompt, of which only the last token's logits are wanted."""
+"""Rows of a pass whose bits must not depend on the batch, short ones filled up with copies of the last token."""
+
+
+class Step(NamedTuple):
+    """What a step gives."""
+
+    logits: Tensor
+    """float32 (R, V)."""
+    experts: Tensor
+    """The experts that every token chose in every layer, int (L, N, K); (0, N, 0) for a dense model."""
 
 
 class Runner:
-    """Feeds one sequence to a model. `length` tokens are in the cache.
+    """`native` says whether to take the native step; None takes it where it can run, and `why_eager` says why not.
 
-    Passes whose logits are wanted are of multiples of `rows` tokens. A draft takes 1: which bits its logits have
-    changes what it proposes, never what is accepted as the target's.
+    `deterministic` makes a row's bits independent of its batch where they would not be; in float32 on a CPU they always
+    are. Raises ConfigError where `native` is demanded and cannot run.
     """
 
-    def __init__(self, model: Transformer, capacity: int, rows: int = ROWS):
-        self.model, self.rows = model, rows
-        weight = model.embed_tokens
-        self.device = weight.device
-        dtype = model.compute_dtype or weight.dtype
-        self.cache = KVCache(model.config, capacity, dtype, self.device)
+    def __init__(
+        self, model: Transformer, blocks: int, block_size: int, *, kv_dtype: torch.dtype | None = None,
+        native: bool | None = None, deterministic: bool = False,
+    ):  # fmt: skip
+        self.model, self.device, self.block_size = model, model.embed_tokens.device, block_size
+        shape, dtype = cache_shape(model.config, blocks, block_size), cache_dtype(model)
+        self.keys, self.values = (torch.zeros(shape, dtype=kv_dtype or dtype, device=self.device) for _ in range(2))
+        self.rows = ROWS if deterministic or (self.device.type == "cpu" and dtype == torch.float32) else None
+        self.why_eager = "native = False" if native is False else why_not(model, self.keys.dtype)
+        if native and self.why_eager:
+            raise ConfigError(f"native = True is asked for and cannot be: {self.why_eager}")
+        self.decoder = None if self.why_eager else make_decoder(model)
+        positions = torch.arange(min(blocks * block_size, model.config.max_position_embeddings) if self.decoder else 0)
+        self.angles = rotary_angles(model.config, positions)
+        """Of every position that there can be: computed anew they would take a tenth of a small model's step."""
 
-    @property
-    def length(self) -> int:
-        return self.cache.length
+    def describe(self) -> str:
+        """How a step is computed, in a sentence."""
+        if self.decoder is not None:
+            return "A step is one native call, in which a token's bits are the same in every batch."
+        how = (
+            "whole batches" if self.rows is None else f"passes of {self.rows} rows, which keep a token's bits the same"
+        )
+        return f"A step is the model's PyTorch code in {how}; no native step: {self.why_eager}."
 
-    def truncate(self, length: int) -> None:
-        self.cache.truncate(length)
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy the keys and values of whole blocks, source to destination, as if in turn."""
+        if pairs:
+            source, destination = torch.tensor(pairs, device=self.device).unbind(1)
+            for cache in (self.keys, self.values):
+                cache[:, destination] = cache[:, source]
+
+    def forward(self, pieces: list[Piece]) -> Step:
+        """Run new tokens of several sequences and write their keys and values; the logits wanted, in order."""
+        if self.decoder is not None:
+            return self.native(build(pieces, self.block_size, self.device))
+        groups = [pieces] if self.rows is None else passes(pieces, self.rows)
+        steps = [self.eager(build(group, self.block_size, self.device)) for group in groups]
+        if len(steps) == 1:
+            return steps[0]
+        return Step(torch.cat([step.logits for step in steps]), torch.cat([step.experts for step in steps], dim=1))
+
+    def native(self, batch: Batch) -> Step:
+        cos, sin = (table.index_select(0, batch.positions) for table in self.angles)
+        return Step(*self.decoder.forward(
+            batch.tokens, cos, sin, batch.slots, batch.page_table, batch.query_offsets, batch.lengths, self.keys,
+            self.values, batch.rows,
+        ))  # fmt: skip
 
     @torch.inference_mode()
-    def forward(self, tokens: list[int], last: int = 1) -> Tensor:
-        """Append tokens; logits float32 (last, V) after each of the final `last` of them."""
-        assert 1 <= last <= len(tokens)
-        most = PREFILL_ROWS if last == 1 else self.rows
-        logits = []
-        for start in range(0, len(tokens), most):
-            part = tokens[start : start + most]
-            wanted = len(part) - max(0, len(tokens) - last - start)
-            states = self.step(part)
-            if wanted > 0:
-                # Whole blocks of rows here too: the projection must not see a shape that depends on `last`.
-                first = len(part) - wanted
-                block = first // self.rows * self.rows
-                logits.append(self.model.logits(states[block:])[first - block : len(part) - block])
-        return logits[0] if len(logits) == 1 else torch.cat(logits)
+    def eager(self, batch: Batch) -> Step:
+        n = len(batch.tokens)
+        spare = (self.rows or n) - n
 
-    def step(self, tokens: list[int]) -> Tensor:
-        """One forward pass: normed states (rows, D), the first len(tokens) of them meaningful."""
-        rows = -(-len(tokens) // self.rows) * self.rows
-        positions, attend = self.cache.extend(len(tokens), rows)
-        padded = torch.tensor(tokens + tokens[-1:] * (rows - len(tokens)), device=self.device)
-        return self.model.hidden_states(padded, positions, attend)[0]
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+            keys, values = self.keys[layer], self.values[layer]
+            q = kernels.rope_append(q, k, v, *rotation, keys, values, slots)
+            out = kernels.paged_attention(
+                q[:n], keys, values, batch.page_table, batch.query_offsets, batch.lengths
+            )  # fmt: skip
+            return torch.cat([out, out[-1:].expand(spare, -1, -1)]) if spare else out
+
+        # Spare rows repeat the last token and leave no trace in the cache.
+        slots = functional.pad(batch.slots, (0, spare), value=-1)
+        tokens, positions = (torch.cat([x, x[-1:].expand(spare)]) for x in (batch.tokens, batch.positions))
+        states, routings = self.model.hidden_states(tokens, positions, attend)
+        if self.rows is None:
+            logits = self.model.logits(states[batch.rows])
+        else:
+            # All rows, wanted or not: the projection must not see a shape that depends on how many are.
+            logits = (
+                self.model.logits(states)[batch.rows]
+                if len(batch.rows)
+                else states.new_empty(0, self.model.config.vocab_size, dtype=torch.float32)
+            )
+        experts = [routed.routing.experts[:n] for routed in routings]
+        return Step(logits, torch.stack(experts) if experts else tokens.new_empty(0, n, 0))
+
+
+def cache_shape(config: ModelConfig, blocks: int, block_size: int) -> tuple[int, ...]:
+    """Of the keys, and of the values: (L, blocks, P, G, C)."""
+    return config.num_hidden_layers, blocks, block_size, config.num_key_value_heads, config.head_dim
+
+
+def cache_dtype(model: Transformer) -> torch.dtype:
+    """Of the activations, which the cache has unless told otherwise."""
+    return model.compute_dtype or model.embed_tokens.dtype
+
+
+def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block's keys and values in all layers."""
+    return 2 * math.prod(cache_shape(config, 1, block_size)) * dtype.itemsize

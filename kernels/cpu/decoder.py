@@ -1,0 +1,230 @@
+"""A whole forward step of the decoder in one call of a C++ library, for serving on a CPU.
+
+The library is compiled on first use with the system's C++ compiler for the machine at hand and kept in a cache
+directory of the user. It uses the model's weights in place and shares torch's pool of threads.
+
+Every row has the same bits whatever its batch-mates, the division of a prompt into chunks and the number of threads:
+each output is one chain of operations that depends on the model's shape and its position alone. bfloat16 products run
+on AMX tiles where there are any, on fused multiply-adds of widened values elsewhere; the two differ in bits, so that
+results are the same on one kind of machine only. The residual stream, softmax and routing are float32 in both dtypes,
+where torch's bfloat16 model rounds the stream; bfloat16 is what enters a product, queries and probabilities among it
+where attention runs on tiles.
+
+N tokens, S sequences, R rows with logits, L layers, D hidden width, H query heads, G key-value heads, C channels of a
+head, E experts, K experts per token, F expert width, V vocabulary, P rows of a page.
+"""
+
+import ctypes
+import functools
+import threading
+from collections.abc import Mapping, Sequence
+from ctypes import POINTER, c_double, c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kernels.cpu import FLOAT_DTYPES
+from kernels.cpu.native import BuildError, build
+
+REASONS = (
+    "a token is outside of the vocabulary", "a slot is beyond the last page", "a wanted row is none of the step's",
+    "query_offsets do not divide the rows", "a length is shorter than what is new or longer than its pages",
+    "a page in use is none of the cache's",
+)  # fmt: skip
+"""What moe_lm_forward says it was given, by its return value - 1."""
+
+
+class LayerArgs(ctypes.Structure):
+    """`Layer` of interface.h."""
+
+    _fields_ = [
+        (name, c_void_p)
+        for name in (
+            "input_norm", "post_norm", "qkv", "attention_out", "router", "gate_up", "down", "shared_gate_up",
+            "shared_down",
+        )
+    ]  # fmt: skip
+
+
+class ModelArgs(ctypes.Structure):
+    """`Model` of interface.h."""
+
+    _fields_ = [
+        *(
+            (name, c_int64)
+            for name in (
+                "layers", "hidden", "heads", "kv_heads", "head_dim", "width", "experts", "top", "shared_width",
+                "vocabulary", "half_weights", "half_cache",
+            )
+        ),
+        ("eps", c_double),
+        ("embedding", c_void_p),
+        ("head", c_void_p),
+        ("norm", c_void_p),
+        ("layer", POINTER(LayerArgs)),
+    ]  # fmt: skip
+
+
+class StepArgs(ctypes.Structure):
+    """`Step` of interface.h."""
+
+    _fields_ = [
+        *(
+            (name, c_int64)
+            for name in ("tokens_count", "sequences", "table_width", "page_size", "pages", "rows_count", "threads")
+        ),
+        *(
+            (name, c_void_p)
+            for name in (
+                "tokens", "slots", "page_table", "query_offsets", "lengths", "rows", "cos", "sin", "keys", "values",
+                "logits", "experts", "workspace",
+            )
+        ),
+    ]  # fmt: skip
+
+
+@functools.cache
+def library(generic: bool = False) -> ctypes.CDLL:
+    """The compiled library; `generic` uses no instructions of AVX2, AVX-512 or AMX by name.
+
+    Raises BuildError if it cannot be compiled.
+    """
+    loaded = ctypes.CDLL(str(build(("-DMOE_LM_GENERIC",) if generic else ())))
+    for name, result in (("moe_lm_workspace_bytes", c_int64), ("moe_lm_forward", c_int32)):
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, [POINTER(ModelArgs), POINTER(StepArgs)]
+    loaded.moe_lm_has_tiles.restype, loaded.moe_lm_has_tiles.argtypes = c_int32, []
+    return loaded
+
+
+def unavailable(dtype: torch.dtype = torch.float32) -> str | None:
+    """Why a model with weights of `dtype` cannot be run, in a sentence; None if it can. May compile the library."""
+    if dtype not in FLOAT_DTYPES:
+        return f"The native decoder has float32 and bfloat16 weights only, not {dtype}."
+    try:
+        library()
+    except (BuildError, OSError) as error:
+        return str(error)
+    return None
+
+
+def has_tiles(generic: bool = False) -> bool:
+    """Whether bfloat16 products run on AMX tiles."""
+    return bool(library(generic).moe_lm_has_tiles())
+
+
+class Decoder:
+    """The model's weights, by reference, and the room that a step works in.
+
+    `layers` holds for each layer: input_layernorm and post_attention_layernorm (D,), qkv_proj ((H + 2 G) C, D), o_proj
+    (D, H C); in a mixture gate (E, D), gate_up_proj (E, 2 F, D) and down_proj (E, D, F), with gate rows before up rows,
+    and, if there are shared experts, shared_gate_up_proj (2 Fs, D) and shared_down_proj (D, Fs); in a dense layer
+    gate_up_proj (2 F, D) and down_proj (D, F). embed_tokens and lm_head (V, D), norm (D,). Matrices are contiguous, of
+    one dtype, float32 or bfloat16, and used in place: a later change of them is seen. Norms and gates are copied as
+    float32.
+
+    One step at a time: concurrent calls of `forward` wait for each other. Raises ValueError for weights that it cannot
+    use, kernels.cpu.native.BuildError if the library cannot be compiled.
+    """
+
+    def __init__(
+        self, layers: Sequence[Mapping[str, Tensor]], embed_tokens: Tensor, norm: Tensor, lm_head: Tensor, *,
+        heads: int, kv_heads: int, head_dim: int, top_k: int, eps: float, generic: bool = False,
+    ):  # fmt: skip
+        self.dtype = embed_tokens.dtype
+        if self.dtype not in FLOAT_DTYPES:
+            raise ValueError(unavailable(self.dtype))
+        vocabulary, hidden = embed_tokens.shape
+        self._kept: list[Tensor] = []
+        self._library = library(generic)
+        self._lock = threading.Lock()
+        self._workspace = torch.empty(0, dtype=torch.uint8)
+        first = layers[0]
+        experts = len(first["gate"]) if "gate" in first else 0
+        self.num_layers, self.vocabulary, self.head_dim, self.kv_heads = len(layers), vocabulary, head_dim, kv_heads
+        self.top_k = top_k if experts else 0
+        width = first["down_proj"].shape[-1]
+        shared = first["shared_down_proj"].shape[-1] if "shared_down_proj" in first else 0
+        qkv, of_experts = (heads + 2 * kv_heads) * head_dim, (experts,) if experts else ()
+        args = (LayerArgs * len(layers))()
+        for layer, weights in zip(args, layers, strict=True):
+            layer.input_norm = self._as_float32(weights["input_layernorm"], hidden)
+            layer.post_norm = self._as_float32(weights["post_attention_layernorm"], hidden)
+            layer.qkv = self._in_place(weights["qkv_proj"], qkv, hidden)
+            layer.attention_out = self._in_place(weights["o_proj"], hidden, heads * head_dim)
+            layer.gate_up = self._in_place(weights["gate_up_proj"], *of_experts, 2 * width, hidden)
+            layer.down = self._in_place(weights["down_proj"], *of_experts, hidden, width)
+            if experts:
+                layer.router = self._as_float32(weights["gate"], experts, hidden)
+            if shared:
+                layer.shared_gate_up = self._in_place(weights["shared_gate_up_proj"], 2 * shared, hidden)
+                layer.shared_down = self._in_place(weights["shared_down_proj"], hidden, shared)
+        self._model = ModelArgs(
+            len(layers), hidden, heads, kv_heads, head_dim, width, experts, self.top_k, shared, vocabulary,
+            self.dtype == torch.bfloat16, False, eps, self._in_place(embed_tokens, vocabulary, hidden),
+            self._in_place(lm_head, vocabulary, hidden), self._as_float32(norm, hidden), args,
+        )  # fmt: skip
+
+    def _in_place(self, weight: Tensor, *shape: int) -> int:
+        if weight.shape != shape or weight.dtype != self.dtype or not weight.is_contiguous() or not weight.is_cpu:
+            raise ValueError(
+                f"The native decoder takes a contiguous CPU tensor {shape} of {self.dtype} here, not "
+                f"{tuple(weight.shape)} of {weight.dtype} with strides {weight.stride()} on {weight.device}."
+            )
+        self._kept.append(weight.detach())
+        return weight.data_ptr()
+
+    def _as_float32(self, weight: Tensor, *shape: int) -> int:
+        if weight.shape != shape or not weight.is_cpu:
+            raise ValueError(
+                f"The native decoder takes a CPU tensor {shape} here, not {tuple(weight.shape)} on {weight.device}."
+            )
+        padded = pad(weight.detach().float(), (0, -weight.shape[-1] % 32)).contiguous()
+        self._kept.append(padded)
+        return padded.data_ptr()
+
+    def forward(
+        self, tokens: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, page_table: Tensor, query_offsets: Tensor,
+        lengths: Tensor, keys: Tensor, values: Tensor, rows: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Logits float32 (R, V) of the wanted rows, and the chosen experts int32 (L, N, K), largest weight first.
+
+        tokens and slots (N,), page_table (S, pages per sequence), query_offsets (S + 1,), lengths (S,) and rows (R,)
+        with R <= N, all int64; cos and sin (N, C / 2) float32; keys and values (L, pages, P, G, C), of the weights'
+        dtype or float32, to which the new tokens' are added where their slot is not negative. The layout is that of
+        kernels.rope_append and kernels.paged_attention. K is 0 in a dense model.
+
+        Raises IndexError for a token, slot, row or page that is outside of what it indexes.
+        """
+        N, S, C = len(tokens), len(lengths), self.head_dim
+        assert tokens.shape == slots.shape == (N,), (tokens.shape, slots.shape)
+        assert cos.shape == sin.shape == (N, C // 2), (cos.shape, sin.shape)
+        assert (len(page_table), *query_offsets.shape) == (S, S + 1), (page_table.shape, query_offsets.shape)
+        assert all(i.dtype == torch.int64 for i in (tokens, slots, page_table, query_offsets, lengths, rows))
+        assert cos.dtype == sin.dtype == torch.float32, (cos.dtype, sin.dtype)
+        assert (keys.shape[0], *keys.shape[3:]) == (self.num_layers, self.kv_heads, C), keys.shape
+        for cached in (keys, values):
+            assert cached.shape == keys.shape, (keys.shape, values.shape)
+            assert cached.dtype == keys.dtype, (keys.dtype, values.dtype)
+            assert cached.dtype in (self.dtype, torch.float32), cached.dtype
+            assert cached.is_contiguous(), cached.stride()
+        inputs = [x.contiguous() for x in (tokens, slots, page_table, query_offsets, lengths, rows, cos, sin)]
+        logits = torch.empty(len(rows), self.vocabulary)
+        experts = torch.empty(self.num_layers, N, self.top_k, dtype=torch.int32)
+        step = StepArgs(
+            N, S, page_table.shape[1], keys.shape[2], keys.shape[1], len(rows), torch.get_num_threads(),
+            *(x.data_ptr() for x in (*inputs, keys, values, logits, experts)),
+        )  # fmt: skip
+        with self._lock:
+            self._model.half_cache = keys.dtype == torch.bfloat16
+            step.workspace = self._room(self._library.moe_lm_workspace_bytes(self._model, step))
+            reason = self._library.moe_lm_forward(self._model, step)
+        if reason:
+            raise IndexError(f"Decoder.forward: {REASONS[reason - 1]}.")
+        return logits, experts
+
+    def _room(self, size: int) -> int:
+        if len(self._workspace) < size:
+            self._workspace = torch.empty(size, dtype=torch.uint8)
+        return self._workspace.data_ptr()

@@ -1,0 +1,35 @@
+// What the caller hands over; kernels/cpu/decoder.py declares the same fields in the same order.
+//
+// N tokens, S sequences, D hidden width, H query heads, G key-value heads, C channels of a head, E experts, K experts
+// per token, F expert width, V vocabulary, P rows of a page. Weights are (outputs, inputs), float32 or bfloat16;
+// norms and routers float32, padded by zeros to a multiple of 32 channels.
+#pragma once
+
+#include <cstdint>
+
+struct Layer {
+  const float *input_norm, *post_norm;  // (D)
+  const void *qkv, *attention_out;      // ((H + 2 G) C, D), (D, H C)
+  const float* router;                  // (E, D), null in a dense layer
+  const void *gate_up, *down;           // (E, 2 F, D) and (E, D, F), or (2 F, D) and (D, F)
+  const void *shared_gate_up, *shared_down;
+};
+
+struct Model {
+  int64_t layers, hidden, heads, kv_heads, head_dim, width, experts, top, shared_width, vocabulary;
+  int64_t half_weights, half_cache;  // whether weights, keys and values are bfloat16
+  double eps;
+  const void *embedding, *head;  // (V, D)
+  const float* norm;
+  const Layer* layer;
+};
+
+struct Step {
+  int64_t tokens_count, sequences, table_width, page_size, pages, rows_count, threads;
+  const int64_t *tokens, *slots, *page_table, *query_offsets, *lengths, *rows;
+  const float *cos, *sin;  // (N, C / 2)
+  void *keys, *values;     // (layers, pages, P, G, C)
+  float* logits;           // (rows, V)
+  int32_t* experts;        // (layers, N, K)
+  void* workspace;         // workspace_bytes of it
+};

@@ -1,0 +1,68 @@
+// Which experts each row goes to, and their rows side by side in panels. All of it in float32 and whole numbers.
+#pragma once
+
+#include <algorithm>
+
+#include "vector.h"
+
+// Scores (experts,) of one row (stride,) against the router (experts, stride), stride a multiple of 16.
+inline void router_logits(const float* row, const float* router, int64_t experts, int64_t stride, float* logits) {
+  for (int64_t e = 0; e < experts; e += 4) {
+    Floats total[4] = {};
+    const float* w[4];
+    for (int i = 0; i < 4; i++) w[i] = router + std::min(e + i, experts - 1) * stride;
+    for (int64_t k = 0; k < stride; k += LANES)
+      for (int i = 0; i < 4; i++) total[i] = fma(load(w[i] + k), load(row + k), total[i]);
+    for (int i = 0; i < 4 && e + i < experts; i++) logits[e + i] = sum(total[i]);
+  }
+}
+
+// The `top` largest logits, ties to the lowest index, and their softmax. Always `top` different experts: a NaN is
+// larger than nothing, and the first of what is left is taken where nothing is larger.
+inline void choose(const float* logits, int64_t experts, int64_t top, int32_t* chosen, float* weights) {
+  for (int64_t k = 0; k < top; k++) {
+    int64_t best = -1;
+    for (int64_t e = 0; e < experts; e++) {
+      if (std::find(chosen, chosen + k, e) != chosen + k) continue;
+      if (best < 0 || logits[e] > logits[best] || (std::isnan(logits[best]) && !std::isnan(logits[e]))) best = e;
+    }
+    chosen[k] = best;
+    weights[k] = logits[best];
+  }
+  float largest = weights[0], total = 0;
+  for (int64_t k = 0; k < top; k++) {
+    weights[k] = exponential(splat(weights[k] - largest))[0];
+    total += weights[k];
+  }
+  for (int64_t k = 0; k < top; k++) weights[k] /= total;
+}
+
+// Slots (token, choice) sorted by expert, each expert's from a panel of its own on.
+struct Slots {
+  int64_t* token;         // of every row of the panels, (panels * 16)
+  int64_t* row;           // of every slot, (N * top)
+  int64_t* count;         // rows of every expert, (experts)
+  int64_t* first_panel;   // of every expert, (experts + 1)
+  int64_t* panel_rows;    // rows in use of every panel
+  int64_t* chosen_experts;  // those with a row, in order, (experts)
+  int64_t* chosen_count;    // how many these are
+
+  void sort(const int32_t* chosen, int64_t slots, int64_t top, int64_t experts, int64_t tile) {
+    std::fill(count, count + experts, 0);
+    for (int64_t i = 0; i < slots; i++) count[chosen[i]]++;
+    first_panel[0] = *chosen_count = 0;
+    for (int64_t e = 0; e < experts; e++) {
+      if (count[e]) chosen_experts[(*chosen_count)++] = e;
+      first_panel[e + 1] = first_panel[e] + (count[e] + tile - 1) / tile;
+      count[e] = 0;
+    }
+    for (int64_t i = 0; i < slots; i++) {
+      int64_t e = chosen[i];
+      row[i] = first_panel[e] * tile + count[e]++;
+      token[row[i]] = i / top;
+    }
+    for (int64_t e = 0; e < experts; e++)
+      for (int64_t p = first_panel[e]; p < first_panel[e + 1]; p++)
+        panel_rows[p] = std::min(tile, count[e] - (p - first_panel[e]) * tile);
+  }
+};

@@ -1,0 +1,308 @@
+"""How many tokens to guess ahead, so that speculation is never slower than leaving it out. Plain Python, no clock.
+
+Verifying k tokens costs more than decoding one: in a mixture of experts the more, the more experts they touch. Whether
+the tokens gained pay for it depends on machine, model, batch size and text, so it is measured: how long steps of each
+size take, and how often the guess at each place stands.
+"""
+
+from bisect import bisect_left
+from collections import defaultdict, deque
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul, neg
+
+FORGET = 0.95
+"""What one step leaves of the weight of the steps before it, in one sequence's acceptance: a memory of 20 steps."""
+FORGET_SHARED = 0.98
+"""The same for all sequences of a kind together: 50 guesses."""
+PRIOR_WEIGHT = 4.0
+"""How many of its own guesses count as much as what the sequences before it have shown."""
+WINDOW = 15
+"""Step times of one size that are kept; their median is taken."""
+ENOUGH = 2
+"""Step times of one size that make it known. Of two the lower is taken, so that a first step that compiled does not
+count."""
+SHORTEST_PAUSE, LONGEST_PAUSE = 33, 264
+"""Steps between two probes: at first 3% of all, then ever fewer while probing brings nothing."""
+LOSS = 0.008
+"""The share of all time that speculation may have lost before probing stops, beside ALLOWANCE plain steps' worth."""
+ALLOWANCE = 10
+BANK = 40
+"""Plain steps' worth of what speculation gained that may be lost again while a change of text is found out."""
+MARGIN = 1.02
+"""How many times faster speculation must promise to be; below that it is noise."""
+SURPRISE = 0.25
+"""A probe in which so many more first guesses stood than expected is followed by another at once."""
+HOLD = 4
+"""Steps of the same sequences for which a choice holds: choosing for 16 sequences takes 0.3 ms."""
+EDGES = [*range(1, 9), *(edge << shift for shift in range(10) for edge in (10, 12, 14, 16))]
+"""Sizes of steps: exact to 8, then four to each doubling."""
+
+
+class Acceptance:
+    """How often guesses at each place stand, in one sequence: what it saw, and before that what others of its kind saw.
+
+    Places count from 0; place i has a rate among the guesses whose earlier places stood.
+    """
+
+    def __init__(self, k_max: int, shared: "Acceptance | None" = None, forget: float = FORGET):
+        self.shared, self.forget = shared, forget
+        self.reached, self.stood = [0.0] * k_max, [0.0] * k_max
+
+    def record(self, proposed: int, accepted: int) -> None:
+        """Of `proposed` guesses in a row the first `accepted` stood."""
+        for place in range(min(proposed, accepted + 1)):
+            self.reached[place] = self.reached[place] * self.forget + 1
+            self.stood[place] = self.stood[place] * self.forget + (place < accepted)
+
+    def rates(self, prior: list[float] | None = None) -> list[float]:
+        """The chance that the guess at each place stands if all before it did.
+
+        prior: the shared rates, if known already.
+        """
+        if self.shared is None:
+            # With nothing to go by, half of the first guesses stand, and at later places what the place before has.
+            rates, rate = [], 0.5
+            for reached, stood in zip(self.reached, self.stood, strict=True):
+                rate = (stood + PRIOR_WEIGHT * rate) / (reached + PRIOR_WEIGHT)
+                rates.append(rate)
+            return rates
+        return [
+            (stood + PRIOR_WEIGHT * before) / (reached + PRIOR_WEIGHT)
+            for reached, stood, before in zip(self.reached, self.stood, prior or self.shared.rates(), strict=True)
+        ]
+
+
+def bucket(number: int) -> int:
+    """The size that `number` counts as: the next one of EDGES."""
+    return EDGES[min(bisect_left(EDGES, number), len(EDGES) - 1)]
+
+
+class StepCosts:
+    """Measured seconds of steps, by sequences in the step and by new tokens, both in buckets."""
+
+    def __init__(self):
+        self.times: dict[int, dict[int, deque[float]]] = defaultdict(dict)
+        self.medians: dict[int, dict[int, float]] = defaultdict(dict)
+
+    def record(self, batch: int, tokens: int, seconds: float) -> None:
+        batch, tokens = bucket(batch), bucket(tokens)
+        times = self.times[batch].setdefault(tokens, deque(maxlen=WINDOW))
+        times.append(seconds)
+        if len(times) >= ENOUGH:
+            self.medians[batch][tokens] = sorted(times)[(len(times) - 1) // 2]
+
+    def plain(self, batch: int) -> float | None:
+        """Seconds of a step in which each of `batch` sequences brings one token; None while not known."""
+        return self.medians[bucket(batch)].get(bucket(batch))
+
+    def estimate(self, batch: int, tokens: int) -> float | None:
+        """Seconds of a step: measured, or between a smaller and a larger measured one; None where neither is known."""
+        known = self.medians[bucket(batch)]
+        size = bucket(tokens)
+        if size in known:
+            return known[size]
+        below = max((each for each in known if each < size), default=None)
+        above = min((each for each in known if each > size), default=None)
+        if below is None or above is None:
+            return None
+        return known[below] + (known[above] - known[below]) * (size - below) / (above - below)
+
+
+@dataclass
+class Report:
+    """What one kind of speculation did so far."""
+
+    proposed_at: list[int]
+    """Guessed tokens that were verified, by place."""
+    accepted_at: list[int]
+    """Those that stood."""
+    acceptance_at: list[float]
+    """Accepted share of those proposed at each place, 0 where there were none."""
+    tokens_per_step: float
+    """New tokens that one step gave one sequence, in the mean."""
+    cost_ratio: float | None
+    """Seconds of the steps that verified over what plain steps of the same batch take; None while not known."""
+    probes: int
+    """Steps that were taken with another length than the best known, to learn."""
+    steps: int
+
+
+@dataclass
+class Plan:
+    """A draft length for each sequence of a step, and what is expected of it."""
+
+    k: int
+    lengths: list[int]
+    tokens: float
+    """Expected new tokens of these sequences."""
+    seconds: float | None
+    """Expected seconds, None where a step of that size is not known."""
+
+
+class Controller:
+    """Chooses draft lengths for one kind of speculation (`ngram`, `draft` or `staged`).
+
+    Before each step ask `choose`, then guess and verify, and tell `record` what it took. Steps with prompt tokens in
+    them are left out of both. Each sequence has an `Acceptance`, made by `sequence`.
+    """
+
+    def __init__(self, k_max: int):
+        assert k_max >= 1
+        self.k_max = k_max
+        self.shared = Acceptance(k_max, forget=FORGET_SHARED)
+        self.costs = StepCosts()
+        self.drafting: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))
+        """Drafting seconds for each token of the longest draft in a step, by batch."""
+        self.lost = self.total = 0.0
+        """Seconds that speculation took beyond what plain steps take for the same tokens (below 0: what it gained,
+        up to BANK), and seconds of all steps."""
+        self.pause, self.waited, self.turn = SHORTEST_PAUSE, 0, 0
+        self.held: tuple[list[Acceptance], int, list[int]] | None = None
+        """Sequences, others and lengths of a choice that still holds, for `holds` more steps."""
+        self.holds = 0
+        self.expected: float | None = None
+        """In a probe: the first guesses that should stand, as a share."""
+        self.proposed_at, self.accepted_at = [0] * k_max, [0] * k_max
+        self.steps = self.probes = self.sequence_steps = self.new_tokens = 0
+        self.verify_seconds = self.plain_seconds = 0.0
+
+    def sequence(self) -> Acceptance:
+        """What a new sequence starts with."""
+        return Acceptance(self.k_max, self.shared)
+
+    def choose(self, sequences: list[Acceptance], limits: list[int] | None = None, others: int = 0) -> list[int]:
+        """How many tokens to guess for each sequence of the coming step.
+
+        limits: most for each, as by the tokens that it may still have; None for k_max. others: sequences in the step
+        that bring one token each and are not asked about.
+        """
+        limits = [self.k_max if limits is None else min(limit, self.k_max) for limit in limits or sequences]
+        count, plain = len(sequences), self.costs.plain(len(sequences) + others)
+        self.expected = None
+        if self.holds and self.held[:2] == (sequences, others):
+            self.holds -= 1
+            self.waited += 1
+            return [min(length, limit) for length, limit in zip(self.held[2], limits, strict=True)]
+        self.holds = 0
+        if plain is None or not any(limits):
+            return [0] * count
+        prior = self.shared.rates()
+        rates = [each.rates(prior) for each in sequences]
+        plans = self.plans(rates, limits, others, plain)
+        known = [plan for plan in plans if plan.seconds is not None]
+        best = max(known, key=lambda plan: plan.tokens / plan.seconds)
+        if best.tokens / best.seconds < MARGIN * count / plain:
+            best = plans[0]
+        if best.k:
+            self.pause = SHORTEST_PAUSE
+        self.waited += 1
+        probe = self.probe(plans, best, plain)
+        if probe is None:
+            self.held, self.holds = (list(sequences), others, best.lengths), HOLD - 1
+            return best.lengths
+        self.waited, self.turn, self.probes = 0, self.turn + 1, self.probes + 1
+        self.expected = sum(rate[0] for rate in rates) / count
+        # All take part, those too that would stop short: else what they accept would never be seen again.
+        return [min(probe.k, limit) for limit in limits]
+
+    def plans(self, rates: list[list[float]], limits: list[int], others: int, plain: float) -> list[Plan]:
+        """One plan for each draft length from 0 to the longest limit.
+
+        A sequence stops short of the others where its next guess would bring less than plain steps do in that time.
+        """
+        count, batch = len(rates), len(rates) + others
+        survival = [list(accumulate(each, mul)) for each in rates]
+        longest = self.costs.estimate(batch, batch + count * self.k_max)
+        worth = (longest / plain - 1) / self.k_max if longest is not None else 0.0
+        # The chances fall from place to place, so those above `worth` come first.
+        wanted = [
+            min(most, bisect_left(chances, -worth, key=neg)) for most, chances in zip(limits, survival, strict=True)
+        ]
+        # Where that leaves nobody, there must still be plans to probe.
+        wanted = wanted if any(wanted) else limits
+        drafting = self.drafting_seconds(batch)
+        plans, tokens = [Plan(0, [0] * count, count, plain)], float(count)
+        for k in range(1, max(wanted) + 1):
+            tokens += sum([row[k - 1] for row, most in zip(survival, wanted, strict=True) if most >= k])
+            lengths = [k if k < most else most for most in wanted]
+            seconds = self.costs.estimate(batch, batch + sum(lengths))
+            known = seconds is not None and drafting is not None
+            plans.append(Plan(k, lengths, tokens, seconds + k * drafting if known else None))
+        return plans
+
+    def drafting_seconds(self, batch: int) -> float | None:
+        """Seconds of drafting one token for each of `batch` sequences; None while not known."""
+        times = self.drafting[bucket(batch)]
+        return sorted(times)[(len(times) - 1) // 2] if len(times) >= ENOUGH else None
+
+    def probe(self, plans: list[Plan], best: Plan, plain: float) -> Plan | None:
+        """Another plan than the best known one, if it is time to learn and there is time to lose."""
+        left = LOSS * self.total + ALLOWANCE * plain - self.lost
+        # At worst nothing stands, and a token costs as much as another sequence would.
+        others = [plan for plan in plans if plan.k != best.k and (plan.seconds or plain * (1 + plan.k)) - plain <= left]
+        unknown = [plan for plan in others if plan.seconds is None]
+        if not others or self.waited < (2 if unknown else self.pause):
+            return None
+        if unknown:
+            # The longest one: the costs of those between it and none can then be estimated.
+            return unknown[-1]
+        if best.k:
+            near = [plan for plan in others if plan.k in (0, best.k - 1, best.k + 1)]
+            return near[self.turn % len(near)] if near else None
+        if self.turn % 2:
+            return others[self.turn // 2 % len(others)]
+        return max(others, key=lambda plan: plan.tokens / plan.seconds)
+
+    def record(
+        self, sequences: list[Acceptance], proposed: list[int], accepted: list[int], seconds: float,
+        drafting: float = 0.0, others: int = 0,
+    ) -> None:  # fmt: skip
+        """What a step took: tokens guessed and accepted for each sequence, its seconds and those of them for drafting.
+
+        It need not be what `choose` said: prompt lookup may find less.
+        """
+        batch, guesses = len(sequences) + others, sum(proposed)
+        tokens = batch + guesses
+        self.costs.record(batch, tokens, seconds - drafting)
+        if guesses:
+            self.drafting[bucket(batch)].append(drafting / max(proposed))
+        new = len(sequences) + sum(accepted)
+        plain = self.costs.plain(batch)
+        self.total += seconds
+        if guesses and plain is not None:
+            # A step that compiles takes once what it never takes again: no token counts for more than two alone do.
+            taken = min(seconds, drafting + 2 * plain * tokens / batch)
+            self.lost = max(-BANK * plain, self.lost + taken - plain * new / len(sequences))
+            self.verify_seconds += seconds - drafting
+            self.plain_seconds += plain
+        if self.expected is not None and guesses:
+            self.learn(sum(count > 0 for count in accepted) / sum(count > 0 for count in proposed) - self.expected)
+        for each, offered, stood in zip(sequences, proposed, accepted, strict=True):
+            each.record(offered, stood)
+            self.shared.record(offered, stood)
+            for place in range(offered):
+                self.proposed_at[place] += 1
+                self.accepted_at[place] += place < stood
+        self.steps += 1
+        self.sequence_steps += len(sequences)
+        self.new_tokens += new
+
+    def learn(self, surprise: float) -> None:
+        """Set the time of the next probe by what the last one showed."""
+        if surprise > SURPRISE:
+            self.waited = self.pause
+        else:
+            self.pause = min(2 * self.pause, LONGEST_PAUSE)
+
+    def report(self) -> Report:
+        """What happened so far."""
+        return Report(
+            proposed_at=list(self.proposed_at),
+            accepted_at=list(self.accepted_at),
+            acceptance_at=[a / p if p else 0.0 for a, p in zip(self.accepted_at, self.proposed_at, strict=True)],
+            tokens_per_step=self.new_tokens / self.sequence_steps if self.sequence_steps else 0.0,
+            cost_ratio=self.verify_seconds / self.plain_seconds if self.plain_seconds else None,
+            probes=self.probes,
+            steps=self.steps,
+        )

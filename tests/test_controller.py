@@ -1,0 +1,170 @@
+"""The choice of draft lengths on simulated machines, whose time is computed and not measured."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from moe_lm.engine.controller import SHORTEST_PAUSE, WINDOW, Controller, StepCosts
+
+COSTS = {
+    "free": lambda batch, tokens: 1.0,
+    "proportional": lambda batch, tokens: tokens / batch,
+    "experts": lambda batch, tokens: 1 + 0.25 * (tokens - batch) ** 0.7,
+    "padded": lambda batch, tokens: 1.0 if tokens == batch else 1.8,
+    "dearer than proportional": lambda batch, tokens: (tokens / batch) ** 1.3,
+}
+
+
+class Machine:
+    """Steps of `batch` sequences. `relative` is the time taken over what plain steps take for the same tokens."""
+
+    def __init__(self, cost: Callable, batch: int = 1, drafting: float = 0.02, seed: int = 0, k_max: int = 8):
+        self.controller = Controller(k_max)
+        self.sequences = [self.controller.sequence() for _ in range(batch)]
+        self.cost, self.batch, self.drafting, self.random = cost, batch, drafting, random.Random(seed)
+        self.seconds = self.tokens = 0.0
+        self.chosen: list[list[int]] = []
+
+    def run(self, steps: int, *rates: float) -> "Machine":
+        """Sequence i's guesses stand with probability rates[i], or the only one given."""
+        for _ in range(steps):
+            lengths = self.controller.choose(self.sequences)
+            accepted = []
+            for i, length in enumerate(lengths):
+                count = 0
+                while count < length and self.random.random() < rates[i % len(rates)]:
+                    count += 1
+                accepted.append(count)
+            drafting = self.drafting * max(lengths)
+            step = self.cost(self.batch, self.batch + sum(lengths))
+            self.seconds += step + drafting
+            # What is measured is disturbed: always a little, and now and then something else has the machine.
+            step *= self.random.uniform(0.95, 1.05) * (5 if self.random.random() < 0.01 else 1)
+            self.controller.record(self.sequences, lengths, accepted, step + drafting, drafting)
+            self.tokens += self.batch + sum(accepted)
+            self.chosen.append(lengths)
+        return self
+
+    @property
+    def relative(self) -> float:
+        return self.seconds / (self.cost(self.batch, self.batch) * self.tokens / self.batch)
+
+    def usual(self, last: int = 200) -> float:
+        """The draft length of most steps of late: the median over steps and sequences."""
+        lengths = sorted(length for step in self.chosen[-last:] for length in step)
+        return lengths[len(lengths) // 2]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16])
+@pytest.mark.parametrize("name", COSTS)
+@pytest.mark.parametrize("rate", [0.0, 0.4, 0.7, 0.95])
+def test_speculation_is_never_slower_than_none(name, batch, rate):
+    machine = Machine(COSTS[name], batch).run(1500, rate)
+    assert machine.relative < 1.03
+    if rate == 0 or "proportional" in name:
+        assert machine.usual() == 0
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_free_verification_gets_long_drafts(batch):
+    machine = Machine(COSTS["free"], batch).run(1000, 0.95)
+    assert machine.usual() == 8
+    assert machine.relative < 0.25
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.7, 0.85])
+def test_the_chosen_length_is_near_the_best(rate):
+    def gain(k):
+        return sum(rate**i for i in range(k + 1)) / (COSTS["experts"](1, 1 + k) + 0.02 * k)
+
+    machine = Machine(COSTS["experts"]).run(3000, rate)
+    assert gain(machine.usual()) > 0.95 * max(map(gain, range(9)))
+    assert machine.relative < 1.06 / max(map(gain, range(9)))
+
+
+def test_it_adapts_when_the_text_changes():
+    machine = Machine(COSTS["experts"])
+    assert machine.run(1500, 0.0).usual() == 0
+    assert machine.run(700, 0.95).usual() >= 6
+    assert machine.run(300, 0.0).usual(100) == 0
+    assert machine.run(700, 0.95).usual() >= 6
+
+
+def test_it_adapts_when_the_machine_changes():
+    machine = Machine(COSTS["free"]).run(500, 0.9)
+    machine.cost = COSTS["dearer than proportional"]
+    assert machine.run(500, 0.9).usual() == 0
+
+
+def test_each_sequence_has_its_own_length():
+    machine = Machine(lambda batch, tokens: 1 + 0.03 * (tokens - batch), 8).run(1500, 0.95, 0.0)
+    last = [step for step in machine.chosen[-100:] if any(step)]
+    usual = [sorted(step[i] for step in last)[len(last) // 2] for i in range(8)]
+    assert min(usual[0::2]) >= 5
+    assert max(usual[1::2]) <= 1
+
+
+def test_probes_are_few():
+    for rate, most in ((0.0, 0.02), (0.95, 0.04)):
+        machine = Machine(COSTS["experts"], 1).run(1000, rate)
+        known = machine.controller.report().probes
+        machine.run(2000, rate)
+        assert known < machine.controller.report().probes < known + most * 2000
+
+
+def test_costs_are_learnt_in_plain_steps_first():
+    machine = Machine(COSTS["free"], 4).run(2, 0.9)
+    assert machine.chosen == [[0] * 4] * 2
+    assert any(any(step) for step in machine.run(SHORTEST_PAUSE, 0.9).chosen)
+
+
+def test_a_first_step_that_compiles_does_not_count():
+    costs = StepCosts()
+    costs.record(2, 4, 1000.0)
+    assert costs.estimate(2, 4) is None
+    costs.record(2, 4, 1.5)
+    assert costs.estimate(2, 4) == 1.5
+    costs.record(2, 2, 1.0)
+    costs.record(2, 2, 1.0)
+    assert costs.plain(2) == 1.0
+    assert costs.estimate(2, 3) == 1.25
+    assert costs.estimate(2, 5) is None
+    assert costs.estimate(3, 4) is None
+    for _ in range(WINDOW):
+        costs.record(2, 4, 3.0)
+    assert costs.estimate(2, 4) == 3.0
+
+
+def test_limits_hold_in_every_step():
+    controller = Controller(6)
+    sequences, source = [controller.sequence() for _ in range(3)], random.Random(1)
+    for _ in range(400):
+        limits = [source.choice([0, 1, 9]) for _ in sequences]
+        lengths = controller.choose(sequences, limits, others=2)
+        assert all(0 <= length <= min(limit, 6) for length, limit in zip(lengths, limits, strict=True))
+        controller.record(sequences, lengths, lengths, 1.0, 0.0, others=2)
+    assert controller.choose(sequences, [0, 0, 0], others=2) == [0, 0, 0]
+
+
+def test_a_new_sequence_starts_with_what_others_showed():
+    machine = Machine(COSTS["experts"], 2).run(300, 0.9)
+    assert machine.controller.sequence().rates()[0] == pytest.approx(0.9, abs=0.12)
+    assert Controller(3).sequence().rates() == [0.5] * 3
+
+
+def test_the_report_adds_up():
+    controller = Controller(4)
+    sequences = [controller.sequence(), controller.sequence()]
+    for proposed, accepted, seconds in (
+        ([0, 0], [0, 0], 1.0), ([0, 0], [0, 0], 1.0), ([4, 2], [1, 2], 3.5), ([4, 0], [4, 0], 2.5),
+    ):  # fmt: skip
+        controller.record(sequences, proposed, accepted, seconds, 0.5 if any(proposed) else 0.0)
+    report = controller.report()
+    assert report.proposed_at == [3, 3, 2, 2]
+    assert report.accepted_at == [3, 2, 1, 1]
+    assert report.acceptance_at == pytest.approx([1, 2 / 3, 0.5, 0.5])
+    assert report.tokens_per_step == (8 + 7) / 8
+    assert report.cost_ratio == pytest.approx(2.5)
+    assert (report.steps, report.probes) == (4, 0)
+    assert Controller(2).report().cost_ratio is None
