@@ -10,6 +10,8 @@ from tokenizers import Tokenizer
 from moe_lm.config import ConfigError
 from moe_lm.data import train_tokenizer
 from moe_lm.engine import Engine, SamplingParams, TextStream
+from moe_lm.engine.batch import Piece
+from moe_lm.engine.runner import Runner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = ("none", "ngram", "draft", "staged")
@@ -307,3 +309,38 @@ def test_streamed_text_is_the_whole_text_up_to_the_stop(tokenizer, text, stop):
                 break
         assert shown + stream.finish() == expected
         assert stream.found == (ends[min(ends)] if ends else None)
+
+
+@pytest.mark.parametrize("counts", [[1, 3, 6], [4, 4, 4]])
+def test_the_native_guess_is_that_of_one_step_after_another(counts):
+    """Three sequences, one that has much to read, guess as many tokens as they want across a block's end."""
+    model = make_model(17)
+    pieces = [Piece([1, 2, 3], 0, [4, 1], 1), Piece(list(range(30)), 0, [0, 2, 3], 1), Piece([5] * 13, 0, [6, 5], 1)]
+    native, eager = (Runner(model, 8, 16, native=native) for native in (True, False))
+    found = native.guess(pieces, counts)
+    assert found == eager.guess(pieces, counts)
+    assert [len(tokens) for tokens in found] == counts
+    # The cache holds what was guessed: the next step goes on from there.
+    for runner in (native, eager):
+        rest = [
+            Piece(t[-1:], p.start + len(p.tokens) + len(t) - 1, p.blocks, 1) for p, t in zip(pieces, found, strict=True)
+        ]
+        whole = Runner(model, 8, 16, native=runner is native)
+        all_at_once = [Piece(p.tokens + t, 0, p.blocks, 1) for p, t in zip(pieces, found, strict=True)]
+        assert torch.equal(runner.forward(rest).logits, whole.forward(all_at_once).logits)
+
+
+@NATIVE
+def test_a_guess_ends_where_the_draft_model_has_no_logits(native):
+    model = make_model(18)
+    tokens = Runner(model, 4, 16, native=native).guess([Piece([1, 2], 0, [0], 1)], [6])[0]
+    bad = next(i for i, token in enumerate(tokens) if token not in (1, 2, *tokens[:i]) and i > 0)
+    with torch.no_grad():
+        model.embed_tokens[tokens[bad]] = float("nan")
+    assert Runner(model, 4, 16, native=native).guess([Piece([1, 2], 0, [0], 1)], [6])[0] == tokens[: bad + 1]
+
+
+def test_falling_back_says_so(monkeypatch):
+    monkeypatch.setattr("moe_lm.engine.runner.why_not", lambda *_: "there is no compiler")
+    with pytest.warns(UserWarning, match="PyTorch code in passes of 8 rows.*no native step: there is no compiler"):
+        Engine(make_model(0))

@@ -84,6 +84,12 @@ class StepArgs(ctypes.Structure):
     ]  # fmt: skip
 
 
+class GuessArgs(ctypes.Structure):
+    """`Guess` of interface.h."""
+
+    _fields_ = [("width", c_int64), *((name, c_void_p) for name in ("counts", "cos_table", "sin_table", "tokens"))]
+
+
 @functools.cache
 def library(generic: bool = False) -> ctypes.CDLL:
     """The compiled library; `generic` uses no instructions of AVX2, AVX-512 or AMX by name.
@@ -94,6 +100,8 @@ def library(generic: bool = False) -> ctypes.CDLL:
     for name, result in (("moe_lm_workspace_bytes", c_int64), ("moe_lm_forward", c_int32)):
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, [POINTER(ModelArgs), POINTER(StepArgs)]
+    loaded.moe_lm_guess.restype = c_int32
+    loaded.moe_lm_guess.argtypes = [POINTER(ModelArgs), POINTER(StepArgs), POINTER(GuessArgs)]
     loaded.moe_lm_has_tiles.restype, loaded.moe_lm_has_tiles.argtypes = c_int32, []
     return loaded
 
@@ -197,6 +205,38 @@ class Decoder:
 
         Raises IndexError for a token, slot, row or page that is outside of what it indexes.
         """
+        return self._run(
+            tokens, cos, sin, slots, page_table, query_offsets, lengths, keys, values, rows, None
+        )  # fmt: skip
+
+    def guess(
+        self, tokens: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor, slots: Tensor,
+        page_table: Tensor, query_offsets: Tensor, lengths: Tensor, keys: Tensor, values: Tensor, counts: list[int],
+    ) -> list[list[int]]:  # fmt: skip
+        """A step, and for each sequence its counts[s] >= 1 likeliest next tokens, each following the one before it.
+
+        As `forward`, but cos_table and sin_table (positions, C / 2) are of all positions, and positions (N,) int64
+        those of the tokens. All guessed tokens but the last of a sequence are added to the cache, for which its pages
+        must have room. A sequence with a NaN among its logits gets no more tokens.
+        """
+        width = max(counts)
+        assert len(counts) == len(lengths), (counts, lengths)
+        assert min(counts) >= 1, counts
+        found = torch.empty(len(counts), width, dtype=torch.int64)
+        wanted = torch.tensor(counts)
+        guess = GuessArgs(width, *(x.data_ptr() for x in (wanted, cos_table, sin_table, found)))
+        assert cos_table.is_contiguous(), cos_table.stride()
+        assert sin_table.is_contiguous(), sin_table.stride()
+        cos, sin = cos_table.index_select(0, positions), sin_table.index_select(0, positions)
+        self._run(
+            tokens, cos, sin, slots, page_table, query_offsets, lengths, keys, values, query_offsets[1:] - 1, guess
+        )  # fmt: skip
+        return [[t for t in row[:count] if t >= 0] for row, count in zip(found.tolist(), counts, strict=True)]
+
+    def _run(
+        self, tokens: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, page_table: Tensor, query_offsets: Tensor,
+        lengths: Tensor, keys: Tensor, values: Tensor, rows: Tensor, guess: GuessArgs | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         N, S, C = len(tokens), len(lengths), self.head_dim
         assert tokens.shape == slots.shape == (N,), (tokens.shape, slots.shape)
         assert cos.shape == sin.shape == (N, C // 2), (cos.shape, sin.shape)
@@ -219,9 +259,12 @@ class Decoder:
         with self._lock:
             self._model.half_cache = keys.dtype == torch.bfloat16
             step.workspace = self._room(self._library.moe_lm_workspace_bytes(self._model, step))
-            reason = self._library.moe_lm_forward(self._model, step)
+            if guess is None:
+                reason = self._library.moe_lm_forward(self._model, step)
+            else:
+                reason = self._library.moe_lm_guess(self._model, step, guess)
         if reason:
-            raise IndexError(f"Decoder.forward: {REASONS[reason - 1]}.")
+            raise IndexError(f"Decoder: {REASONS[reason - 1]}.")
         return logits, experts
 
     def _room(self, size: int) -> int:

@@ -43,7 +43,8 @@ class Batch(NamedTuple):
     """(R,) rows whose logits are wanted."""
 
 
-def build(pieces: list[Piece], page_size: int, device: torch.device) -> Batch:
+def build(pieces: list[Piece], page_size: int, device: torch.device, ahead: int = 0) -> Batch:
+    """A step's tensors, with pages in the table for `ahead` tokens more of each sequence."""
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -57,7 +58,7 @@ def build(pieces: list[Piece], page_size: int, device: torch.device) -> Batch:
         offsets.append(offsets[-1] + n)
         rows += range(offsets[-1] - piece.wanted, offsets[-1])
     lengths = [piece.start + len(piece.tokens) for piece in pieces]
-    width = max(-(-length // page_size) for length in lengths)
+    width = max(-(-(length + ahead) // page_size) for length in lengths)
     table: list[int] = []
     for piece in pieces:
         table += piece.blocks[:width]

@@ -35,6 +35,8 @@ SURPRISE = 0.25
 """A probe in which so many more first guesses stood than expected is followed by another at once."""
 HOLD = 4
 """Steps of the same sequences for which a choice holds: choosing for 16 sequences takes 0.3 ms."""
+LONGEST_HOLD = 32
+"""The same where the choice is to guess nothing."""
 EDGES = [*range(1, 9), *(edge << shift for shift in range(10) for edge in (10, 12, 14, 16))]
 """Sizes of steps: exact to 8, then four to each doubling."""
 
@@ -199,7 +201,9 @@ class Controller:
         self.waited += 1
         probe = self.probe(plans, best, plain)
         if probe is None:
-            self.held, self.holds = (list(sequences), others, best.lengths), HOLD - 1
+            # Where nothing is guessed nothing is learned, so there is nothing new to decide before a probe is due.
+            holds = HOLD if best.k else min(max(HOLD, self.pause - self.waited), LONGEST_HOLD)
+            self.held, self.holds = (list(sequences), others, best.lengths), holds - 1
             return best.lengths
         self.waited, self.turn, self.probes = 0, self.turn + 1, self.probes + 1
         self.expected = sum(rate[0] for rate in rates) / count
@@ -278,7 +282,7 @@ class Controller:
             self.plain_seconds += plain
         if self.expected is not None and guesses:
             self.learn(sum(count > 0 for count in accepted) / sum(count > 0 for count in proposed) - self.expected)
-        for each, offered, stood in zip(sequences, proposed, accepted, strict=True):
+        for each, offered, stood in zip(sequences, proposed, accepted, strict=True) if guesses else ():
             each.record(offered, stood)
             self.shared.record(offered, stood)
             for place in range(offered):

@@ -33,25 +33,37 @@ class Drafter:
     def propose(self, wanted: list[tuple[Sample, int]]) -> list[Draft]:
         """At most the given number of tokens for every sample, in its own way of speculation."""
         guesses = [Guess(sample, k) for sample, k in wanted]
-        staged, active = True, [guess for guess in guesses if guess.open]
-        while active:
-            self.extend(active, staged)
-            staged, active = False, [guess for guess in active if guess.open]
+        if helped := [guess for guess in guesses if guess.help]:
+            self.extend(helped)
+        if greedy := [guess for guess in guesses if guess.open and guess.sample.is_greedy]:
+            self.follow(greedy)
+        while drawn := [guess for guess in guesses if guess.open]:
+            self.extend(drawn)
         return [guess.draft for guess in guesses]
 
-    def extend(self, guesses: list["Guess"], staged: bool) -> None:
+    def follow(self, guesses: list["Guess"]) -> None:
+        """All that is left of guesses whose tokens are the draft model's likeliest ones."""
+        counts = [guess.k - len(guess.draft.tokens) for guess in guesses]
+        found = self.runner.guess([guess.piece() for guess in guesses], counts)
+        for guess, tokens in zip(guesses, found, strict=True):
+            guess.take(tokens, None)
+            guess.open = False
+
+    def extend(self, guesses: list["Guess"]) -> None:
         """One pass of the draft model, which gives each guess one more token, or several where lookup helps it."""
-        helps = [guess.help() if staged else [] for guess in guesses]
+        helps = [guess.help for guess in guesses]
         pairs = list(zip(guesses, helps, strict=True))
-        logits = self.runner.forward([guess.piece(help) for guess, help in pairs]).logits.cpu()
+        logits = self.runner.forward([guess.piece() for guess in guesses]).logits.cpu()
         rows = [row for guess, help in pairs for row in guess.sample.rows(guess.draft.tokens + help)[-len(help) - 1 :]]
         laws = distributions(logits, rows) if not all(row.is_decided for row in rows) else None
         ready, verdicts = usable(logits), verify(logits, [Draft(help) for help in helps], rows, IN_DRAFT, laws)
         start = 0
         for (guess, help), (count, token) in zip(pairs, verdicts, strict=True):
             end = start + len(help) + 1
-            law = None if rows[start].is_decided else laws[start:end]
-            guess.take(help[:count], token, law, all(ready[start:end]))
+            if all(ready[start:end]):
+                guess.take([*help[:count], token], None if rows[start].is_decided else laws[start:end])
+            else:
+                guess.open = False
             start = end
 
 
@@ -59,35 +71,36 @@ class Guess:
     """One sample's draft in the making: at most k tokens, of a kind that needs the draft model while it is open."""
 
     def __init__(self, sample: Sample, k: int):
-        self.sample, self.k = sample, k
+        self.sample, self.k, self.open = sample, k, sample.kind != "ngram"
         self.known = sample.sequence.draft_computed
         """Tokens, drafted ones included, whose keys and values the draft model's cache holds."""
-        found = sample.lookup.propose(sample.sequence.tokens, k) if sample.kind == "ngram" else []
-        self.draft = Draft(found, None, ["ngram"] * len(found))
-        self.open = sample.kind != "ngram"
+        self.draft = Draft()
+        self.help: list[int] = []
+        """What prompt lookup guesses that the draft model will say, for its next pass."""
+        if sample.kind == "ngram":
+            tokens = sample.lookup.propose(sample.sequence.tokens, k)
+            self.draft = Draft(tokens, None, ["ngram"] * len(tokens))
+        elif sample.kind == "staged" and k > 1:
+            self.help = sample.lookup.propose(sample.sequence.tokens, k - 1)
 
-    def help(self) -> list[int]:
-        """What prompt lookup guesses that the draft model will say."""
-        sample = self.sample
-        return sample.lookup.propose(sample.sequence.tokens, self.k - 1) if sample.kind == "staged" else []
-
-    def piece(self, help: list[int]) -> Piece:
+    def piece(self) -> Piece:
+        """What the draft model has not read."""
         sequence, drafted = self.sample.sequence, self.draft.tokens
         unread = drafted[max(0, self.known - len(sequence.tokens)) :]
-        return Piece(sequence.tokens[self.known :] + unread + help, self.known, sequence.blocks, len(help) + 1)
+        tokens = sequence.tokens[self.known :] + unread + self.help
+        return Piece(tokens, self.known, sequence.blocks, len(self.help) + 1)
 
-    def take(self, helped: list[int], token: int, laws: Tensor | None, usable: bool) -> None:
-        """Tokens of lookup that stood, and the draft model's own after them; laws (.., V) is what they are drawn from,
-        None for a token that is decided. Logits that are not `usable` end the guess: the target goes on alone."""
+    def take(self, tokens: list[int], laws: Tensor | None) -> None:
+        """What the draft model says, all but the last of it read; laws (.., V) is what its first tokens are drawn from,
+        None where they are decided."""
         sequence, draft = self.sample.sequence, self.draft
-        if not usable:
-            self.open = False
+        if not tokens:
             return
-        self.known = len(sequence.tokens) + len(draft.tokens) + len(helped)
-        draft.tokens += [*helped, token]
-        draft.sources += ["ngram"] * len(helped) + ["draft"]
+        draft.tokens += tokens
+        draft.sources += ["ngram"] * min(len(self.help), len(tokens) - 1)
+        draft.sources += ["draft"] * (len(draft.tokens) - len(draft.sources))
         if laws is not None:
-            new = laws[: len(helped) + 1]
+            new = laws[: len(tokens)]
             draft.q = new if draft.q is None else torch.cat([draft.q, new])
-        sequence.draft_computed = self.known
-        self.open = len(draft.tokens) < self.k
+        self.known = sequence.draft_computed = len(sequence.tokens) + len(draft.tokens) - 1
+        self.help, self.open = [], len(draft.tokens) < self.k

@@ -8,6 +8,7 @@ L layers, N new tokens, R rows whose logits are wanted, G key-value heads, C cha
 """
 
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -54,6 +55,8 @@ class Runner:
         if native and self.why_eager:
             raise ConfigError(f"native = True is asked for and cannot be: {self.why_eager}")
         self.decoder = None if self.why_eager else make_decoder(model)
+        if native is None and self.why_eager and self.device.type == "cpu":
+            warnings.warn(self.describe(), stacklevel=3)
         positions = torch.arange(min(blocks * block_size, model.config.max_position_embeddings) if self.decoder else 0)
         self.angles = rotary_angles(model.config, positions)
         """Of every position that there can be: computed anew they would take a tenth of a small model's step."""
@@ -83,6 +86,30 @@ class Runner:
         if len(steps) == 1:
             return steps[0]
         return Step(torch.cat([step.logits for step in steps]), torch.cat([step.experts for step in steps], dim=1))
+
+    def guess(self, pieces: list[Piece], counts: list[int]) -> list[list[int]]:
+        """For each piece its counts[i] >= 1 likeliest next tokens, each following the one before it, fewer from where
+        logits are not finite. Their keys and values are written but for the last one's: blocks must have room."""
+        if self.decoder is not None:
+            batch = build(pieces, self.block_size, self.device, ahead=max(counts) - 1)
+            return self.decoder.guess(
+                batch.tokens, *self.angles, *batch[1:6], self.keys, self.values, counts
+            )  # fmt: skip
+        found: list[list[int]] = [[] for _ in pieces]
+        going = list(range(len(pieces)))
+        while going:
+            logits = self.forward([pieces[i] for i in going]).logits.cpu()
+            best, finite = logits.argmax(1).tolist(), torch.isfinite(logits.amax(1)).tolist()
+            for i, token, good in zip(going, best, finite, strict=True):
+                if good:
+                    found[i].append(token)
+            going = [i for i, good in zip(going, finite, strict=True) if good and len(found[i]) < counts[i]]
+            ends = {i: pieces[i].start + len(pieces[i].tokens) for i in going}
+            pieces = [
+                Piece([found[i][-1]], ends[i], piece.blocks, 1) if i in ends else piece
+                for i, piece in enumerate(pieces)
+            ]
+        return found
 
     def native(self, batch: Batch) -> Step:
         cos, sin = (table.index_select(0, batch.positions) for table in self.angles)

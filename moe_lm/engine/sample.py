@@ -26,6 +26,12 @@ class Sample:
         if params.prompt_logprobs is not None and sequence.index == 0:
             self.prompt_logprobs = [None]
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the token is the likeliest one, whatever came before it."""
+        params = self.sequence.params
+        return params.temperature == 0 and not (params.penalised or params.logit_bias or self.mask)
+
     def rows(self, drafted: list[int]) -> list[Row]:
         """How the tokens after the known ones and after each drafted one are drawn."""
         sequence, rows, passed = self.sequence, [], 0

@@ -2,6 +2,10 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <vector>
 #include <vector>
 
 #include "attention.h"
@@ -327,13 +331,71 @@ extern "C" int64_t moe_lm_workspace_bytes(const Model* m, const Step* step) {
   return bytes;
 }
 
-extern "C" int moe_lm_forward(const Model* m, const Step* step) {
-  if (int reason = refused(*m, *step)) return reason;
-  with_forward(*m, *step, [&](auto& forward) {
-    const int members = step->threads;
+namespace {
+
+void run_step(const Model& m, const Step& step) {
+  with_forward(m, step, [&](auto& forward) {
+    const int members = step.threads;
     memset((void*)forward.counters, 0, forward.counter_count * sizeof(Counter));
 #pragma omp parallel num_threads(members)
     forward.run(omp_get_thread_num(), omp_get_num_threads());
   });
+}
+
+// The lowest of the largest logits' indices; -1 where there is a NaN or nothing but -inf.
+int64_t likeliest(const float* logits, int64_t count) {
+  int64_t best = -1;
+  float largest = -INFINITY;
+  for (int64_t i = 0; i < count; i++) {
+    if (std::isnan(logits[i])) return -1;
+    if (logits[i] > largest) largest = logits[i], best = i;
+  }
+  return best;
+}
+
+}  // namespace
+
+extern "C" int moe_lm_forward(const Model* m, const Step* step) {
+  if (int reason = refused(*m, *step)) return reason;
+  run_step(*m, *step);
   return 0;
+}
+
+// The step, then one more for each further token: every sequence that wants more brings its likeliest one.
+extern "C" int moe_lm_guess(const Model* m, const Step* first, const Guess* guess) {
+  if (int reason = refused(*m, *first)) return reason;
+  run_step(*m, *first);
+  const int64_t half = m->head_dim / 2, W = first->table_width, P = first->page_size;
+  std::vector<int64_t> active(first->sequences), lengths(first->lengths, first->lengths + first->sequences);
+  std::iota(active.begin(), active.end(), 0);
+  std::fill(guess->tokens, guess->tokens + first->sequences * guess->width, -1);
+  for (int64_t place = 0;; place++) {
+    std::vector<int64_t> tokens, slots, table, rows, going, new_lengths;
+    std::vector<float> cos, sin;
+    for (size_t i = 0; i < active.size(); i++) {
+      const int64_t s = active[i], token = likeliest(first->logits + i * m->vocabulary, m->vocabulary);
+      guess->tokens[s * guess->width + place] = token;
+      if (token < 0 || place + 1 >= guess->counts[s]) continue;
+      const int64_t position = lengths[i];
+      going.push_back(s);
+      tokens.push_back(token);
+      slots.push_back(first->page_table[s * W + position / P] * P + position % P);
+      table.insert(table.end(), first->page_table + s * W, first->page_table + (s + 1) * W);
+      cos.insert(cos.end(), guess->cos_table + position * half, guess->cos_table + (position + 1) * half);
+      sin.insert(sin.end(), guess->sin_table + position * half, guess->sin_table + (position + 1) * half);
+      rows.push_back(rows.size());
+      new_lengths.push_back(position + 1);
+    }
+    if (going.empty()) return 0;
+    active = going;
+    lengths = new_lengths;
+    std::vector<int64_t> offsets(going.size() + 1);
+    std::iota(offsets.begin(), offsets.end(), 0);
+    Step step = *first;
+    step.tokens_count = step.sequences = step.rows_count = going.size();
+    step.tokens = tokens.data(), step.slots = slots.data(), step.page_table = table.data(), step.rows = rows.data();
+    step.query_offsets = offsets.data(), step.lengths = lengths.data(), step.cos = cos.data(), step.sin = sin.data();
+    if (int reason = refused(*m, step)) return reason;
+    run_step(*m, step);
+  }
 }

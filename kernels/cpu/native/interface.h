@@ -33,3 +33,11 @@ struct Step {
   int32_t* experts;        // (layers, N, K)
   void* workspace;         // workspace_bytes of it
 };
+
+// Tokens to be guessed after a step whose wanted rows are the last ones of its sequences, in order.
+struct Guess {
+  int64_t width;                      // of `tokens`
+  const int64_t* counts;              // (S) how many each sequence wants, 1 .. width
+  const float *cos_table, *sin_table; // (positions, C / 2)
+  int64_t* tokens;                    // (S, width); -1 from where the logits have a NaN or no largest value
+};
