@@ -340,6 +340,18 @@ def test_a_guess_ends_where_the_draft_model_has_no_logits(native):
     assert Runner(model, 4, 16, native=native).guess([Piece([1, 2], 0, [0], 1)], [6])[0] == tokens[: bad + 1]
 
 
+@pytest.mark.parametrize("kind", KINDS[2:])
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_a_broken_draft_model_fails_nobody(kind, temperature):
+    model, draft = make_model(19), make_model(19)
+    with torch.no_grad():
+        draft.norm.weight.fill_(float("nan"))
+    params = SamplingParams(max_tokens=20, temperature=temperature, seed=2)
+    engine = Engine(model, draft=draft, speculation=kind, adaptive=False)
+    assert same(engine.generate([[1, 2, 3] * 4], params)[0], solo(model, [1, 2, 3] * 4, params))
+    no_leak(engine)
+
+
 def test_falling_back_says_so(monkeypatch):
     monkeypatch.setattr("moe_lm.engine.runner.why_not", lambda *_: "there is no compiler")
     with pytest.warns(UserWarning, match="PyTorch code in passes of 8 rows.*no native step: there is no compiler"):

@@ -9,7 +9,7 @@ from torch import Tensor
 from moe_lm.engine.batch import Piece
 from moe_lm.engine.runner import Runner
 from moe_lm.engine.sample import Sample
-from moe_lm.engine.sampler import distributions, usable
+from moe_lm.engine.sampler import cleared, distributions, usable
 from moe_lm.engine.speculative import IN_DRAFT, Draft, verify
 
 
@@ -54,9 +54,11 @@ class Drafter:
         helps = [guess.help for guess in guesses]
         pairs = list(zip(guesses, helps, strict=True))
         logits = self.runner.forward([guess.piece() for guess in guesses]).logits.cpu()
+        ready = usable(logits)
+        logits = cleared(logits, ready)
         rows = [row for guess, help in pairs for row in guess.sample.rows(guess.draft.tokens + help)[-len(help) - 1 :]]
         laws = distributions(logits, rows) if not all(row.is_decided for row in rows) else None
-        ready, verdicts = usable(logits), verify(logits, [Draft(help) for help in helps], rows, IN_DRAFT, laws)
+        verdicts = verify(logits, [Draft(help) for help in helps], rows, IN_DRAFT, laws)
         start = 0
         for (guess, help), (count, token) in zip(pairs, verdicts, strict=True):
             end = start + len(help) + 1

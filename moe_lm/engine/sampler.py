@@ -85,6 +85,11 @@ def usable(logits: Tensor) -> list[bool]:
     return np.isfinite(logits.numpy().max(1)).tolist()
 
 
+def cleared(logits: Tensor, ready: list[bool]) -> Tensor:
+    """Logits (n, V) with zeros in the rows that are not `usable`, so that the others can be drawn from beside them."""
+    return logits if all(ready) else torch.where(torch.tensor(ready)[:, None], logits, 0.0)
+
+
 def distributions(logits: Tensor, rows: list[Row]) -> Tensor:
     """What each row's token is drawn from, (n, V), given logits (n, V). Greedy rows are one-hot.
 

@@ -5,12 +5,11 @@ V vocabulary.
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from moe_lm.engine.request import Output
 from moe_lm.engine.sample import Sample
-from moe_lm.engine.sampler import logprobs, usable
+from moe_lm.engine.sampler import cleared, logprobs, usable
 from moe_lm.engine.scheduler import Work
 from moe_lm.engine.speculative import Draft, verify
 
@@ -56,8 +55,7 @@ def judge(
     if len(chosen) < len(logits):
         logits = logits[chosen]
     ready = usable(logits) if rows else []
-    clean = logits if all(ready) else torch.where(torch.tensor(ready)[:, None], logits, 0.0)
-    found, first, verdicts = iter(verify(clean, sampling, rows)), 0, []
+    found, first, verdicts = iter(verify(cleared(logits, ready), sampling, rows)), 0, []
     for work, draft in zip(works, drafts, strict=True):
         if not work.samples:
             verdicts.append(Verdict())
