@@ -93,7 +93,7 @@ def test_every_turn_asks_for_the_same_lengths_with_other_prompts(case):
 
 
 def test_a_trained_model_reads_source_text():
-    text = workload.library_text(tokenizer := train_tokenizer(("def",), 257))
+    text = workload.stdlib_text(tokenizer := train_tokenizer(("def",), 257))
     assert len(text) >= workload.TEXT_TOKENS
     assert "def " in tokenizer.decode(text)
 

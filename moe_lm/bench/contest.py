@@ -25,7 +25,7 @@ from moe_lm.bench.throughput import (
     speculation_facts,
     with_peer,
 )
-from moe_lm.bench.workload import CASES, QUICK_CASES, SHAPES, Case, Workload, library_text, random_text
+from moe_lm.bench.workload import CASES, QUICK_CASES, SHAPES, Case, Workload, random_text, stdlib_text
 from moe_lm.config import require
 from moe_lm.engine import Engine
 from moe_lm.model import Transformer
@@ -61,7 +61,7 @@ class Contest:
         else:
             self.model = load(args.model, dtype=self.dtype, device=device)
             self.tokenizer = load_tokenizer(args.model)
-            self.text = library_text(self.tokenizer)
+            self.text = stdlib_text(self.tokenizer)
         self.draft = load(args.draft, dtype=self.dtype, device=device) if args.draft else None
         if self.draft is not None and self.tokenizer is not None:
             same = load_tokenizer(args.draft).to_str() == self.tokenizer.to_str()

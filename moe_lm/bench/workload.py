@@ -97,7 +97,7 @@ def random_text(vocab_size: int) -> list[int]:
     return random.Random(0).choices(range(vocab_size), k=TEXT_TOKENS)
 
 
-def library_text(tokenizer: Tokenizer) -> list[int]:
+def stdlib_text(tokenizer: Tokenizer) -> list[int]:
     """Python source of the running interpreter's standard library, files in an order that is the same every time.
 
     Models of this house have been trained on most of it. Raises ConfigError where the interpreter came without it.

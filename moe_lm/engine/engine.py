@@ -125,8 +125,8 @@ class Engine:
         with self.stats.timed("draft"):
             for runner in self.runners:
                 runner.copy_blocks(plan.copies)
-            caught_up = timed(self.catch_up, plan.work)[1]
-            drafts, drafting = timed(self.guess, plan.work)
+            caught_up = seconds_of(self.catch_up, plan.work)[1]
+            drafts, drafting = seconds_of(self.guess, plan.work)
         with self.stats.timed("forward"):
             pieces = [self.piece(work, draft) for work, draft in zip(plan.work, drafts, strict=True)]
             step = self.target.forward(pieces)
@@ -278,7 +278,7 @@ class Engine:
         self.lengths.forget(sequence)
 
 
-def timed(run: Callable[[list[Work]], T], works: list[Work]) -> tuple[T, float]:
+def seconds_of(run: Callable[[list[Work]], T], works: list[Work]) -> tuple[T, float]:
     """What `run` returns, and its seconds."""
     start = time.perf_counter()
     found = run(works)
