@@ -394,9 +394,10 @@ def test_measurements_are_set_beside_predictions_and_targets():
     gpu = gpu_suite.sheet("NVIDIA H100 80GB HBM3")
     assert gpu == H100
     assert gpu_suite.sheet("NVIDIA GeForce RTX 4090") is None
-    compared = gpu_suite.compare(records, gpu)
+    compared = gpu_suite.compare(records, gpu, 0.0)
     assert [c["op"] for c in compared] == ["grouped_gemm", "paged_attention", "sweep"]
     assert compared[0]["ratio"] == pytest.approx(2)
+    assert gpu_suite.compare(records, gpu, seconds)[0]["ratio"] == pytest.approx(1)
     assert "2.00" in gpu_suite.comparison_table(compared)
     assert {t["op"]: t["reached"] for t in gpu_suite.targets(records, gpu)} == {
         "grouped_gemm": False, "paged_attention": True,

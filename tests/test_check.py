@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +19,10 @@ from kernels.check.sass import Body
 ROOT = Path(__file__).resolve().parents[1]
 
 SM_80 = """
-.text.mini:
         /*0280*/                   LDGSTS.E.BYPASS.128 [R3+0x400], [R4.64+0x40], P0 ;
         /*02a0*/                   LDGDEPBAR ;
-        /*02f0*/              @!P1 BRA `(.L_x_0) ;
+        /*02f0*/              @!P1 BRA 0x850 ;
         /*0300*/                   LOP3.LUT R5, R2, 0x30, RZ, 0xc0, !PT ;
-.L_x_1:
         /*0530*/                   DEPBAR.LE SB0, 0x2 ;
         /*0560*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
         /*0600*/                   LDSM.16.M88.4 R24, [R24] ;
@@ -37,43 +36,34 @@ SM_80 = """
         /*07b0*/                   LDGDEPBAR ;
         /*07d0*/                   LDG.E.U16 R10, [R10.64] ;
         /*07f0*/                   LDGDEPBAR ;
-        /*0800*/              @!P1 BRA `(.L_x_1) ;
+        /*0800*/              @!P1 BRA 0x530 ;
         /*0810*/                   F2FP.BF16.PACK_AB R22, R23, R22 ;
-.L_x_0:
         /*0850*/                   DEPBAR.LE SB0, 0x0 ;
         /*0ab0*/                   STG.E.128 [R2.64], R8 ;
         /*0ac0*/                   EXIT ;
-.L_x_2:
-        /*0ad0*/                   BRA `(.L_x_2);
+        /*0ad0*/                   BRA 0xad0;
         /*0ae0*/                   NOP;
-.L_x_3:
 """
 """A product of 16 x 16 x 32 by one warp, three stages; most address arithmetic is cut out and two loads are put in."""
 
 SM_90 = """
-.text.mini:
         /*0030*/                   ELECT P0, URZ, PT ;
-.L_x_3:
-        /*0840*/              @!P0 BRA `(.L_x_0) ;
-.L_x_2:
+        /*0840*/              @!P0 BRA 0x10d0 ;
         /*0b80*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR11+0x7800], R14 ;
-        /*0b90*/              @!P0 BRA `(.L_x_1) ;
-.L_x_4:
+        /*0b90*/              @!P0 BRA 0x13b0 ;
         /*0d00*/                   HGMMA.64x16x16.F32.BF16 R24, gdesc[UR12], R24 ;
         /*0e50*/                   HGMMA.64x16x16.F32 R24, R8, gdesc[UR12], R24, gsb0 ;
         /*0ec0*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
         /*10a0*/                   @UP1 UTMALDG.2D [UR12], [UR6] ;
-        /*10b0*/               @P3 CALL.REL.NOINC `(.L_x_0) ;
-        /*10c0*/                   BRA `(.L_x_2) ;
-.L_x_0:
+        /*10b0*/               @P3 CALL.REL.NOINC 0x10d0 ;
+        /*10c0*/                   BRA 0xb80 ;
         /*10d0*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
         /*1380*/                   STG.E.128 desc[UR20][R2.64], R8 ;
-        /*1390*/              @!P0 BRA P1, `(.L_x_3) ;
+        /*1390*/              @!P0 BRA P1, 0x840 ;
         /*13a0*/                   EXIT ;
-.L_x_1:
         /*13b0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR11+0x7800], R14 ;
-        /*13c0*/              @!P0 BRA `(.L_x_1) ;
-        /*13d0*/                   BRA `(.L_x_4) ;
+        /*13c0*/              @!P0 BRA 0x13b0 ;
+        /*13d0*/                   BRA 0xd00 ;
 """
 """A persistent kernel's shape: tiles around steps, in which a thread may wait for a barrier; ptxas leaves by a call."""
 
@@ -102,7 +92,7 @@ def test_loops_are_found_by_dominators():
     flow = sass.parse(SM_90)
     heads = {flow.blocks[loop.header][0].operands for loop in sass.natural_loops(flow)}
     assert len(sass.natural_loops(flow)) == 3, "tiles, steps, and the wait"
-    assert "`(.L_x_0)" in heads
+    assert "0x10d0" in heads
     steps = next(loop for loop in sass.natural_loops(flow) if flow.blocks[loop.header][0].base == "SYNCS"
                  and len(loop.blocks) > 1)  # fmt: skip
     for block, above in sass.dominators(flow).items():
@@ -266,18 +256,21 @@ def test_a_quick_kernel_as_json():
 def test_a_mistake_as_table():
     done = run("--arch", "sm_80", "--only", "odd width", "--self-test")
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[0].split()[:4] == ["mistake", "arch", "kernel", "rule"]
+    gate, _, text = done.stdout.partition("\n\nmistake ")
+    assert gate.endswith("\n\n0 of 0 kernels break a rule."), "no configuration has that in its name"
+    lines = text.splitlines()
+    assert lines[0].split()[:3] == ["arch", "kernel", "rule"]
     assert any("rms_norm.forward_kernel" in line and "STORE_WIDTH" in line and "noticed" in line for line in lines)
     assert lines[-1] == f"{len(lines) - 3} of {len(lines) - 3} mistakes break the rule that they should."
 
 
 ROW = gate.Row("m.k", "sm_80", "bfloat16", "16x16 w4", {}, ["a case"], 32, 0.5, 4)._asdict()
+SPILLING = ROW | {"breaches": {"SPILL": "8 bytes"}}
 RESULT = mutations.Result("a mistake", "sm_80", "m.k", "SPILL", ["SPILL"], True)._asdict()
 
 
 def test_status_and_table_of_the_gate(monkeypatch):
-    monkeypatch.setattr(command, "run", lambda args: [ROW, ROW | {"breaches": {"SPILL": "8 bytes"}}])
+    monkeypatch.setattr(command, "run", lambda args: ([ROW, SPILLING], []))
     text, status = command.main([])
     assert status == 1
     assert [line.split()[-1] for line in text.splitlines()[1:3]] == ["ok", "SPILL"]
@@ -285,17 +278,23 @@ def test_status_and_table_of_the_gate(monkeypatch):
     text, status = command.main(["--json"])
     assert status == 1
     assert json.loads(text)[1]["breaches"] == {"SPILL": "8 bytes"}
-    monkeypatch.setattr(command, "run", lambda args: [ROW])
+    monkeypatch.setattr(command, "run", lambda args: ([ROW], []))
     assert command.main([])[1] == 0
 
 
 def test_status_of_the_self_test(monkeypatch):
-    monkeypatch.setattr(command, "run", lambda args: [RESULT, RESULT | {"noticed": False}])
+    missed = RESULT | {"noticed": False}
+    monkeypatch.setattr(command, "run", lambda args: ([ROW], [RESULT, missed]))
     text, status = command.main(["--self-test"])
     assert status == 1
+    assert "0 of 1 kernels break a rule." in text
     assert "MISSED" in text
-    monkeypatch.setattr(command, "run", lambda args: [RESULT])
+    text, status = command.main(["--self-test", "--json"])
+    assert (json.loads(text), status) == ({"kernels": [ROW], "mistakes": [RESULT, missed]}, 1)
+    monkeypatch.setattr(command, "run", lambda args: ([ROW], [RESULT]))
     assert command.main(["--self-test"])[1] == 0
+    monkeypatch.setattr(command, "run", lambda args: ([SPILLING], [RESULT]))
+    assert command.main(["--self-test"])[1] == 1, "what is shipped is checked before the mistakes"
 
 
 @pytest.mark.parametrize("arguments", [["--arch", "sm_70"], ["--arch", "sm_80,"], ["--arch"], ["--self"], ["kernel"]])
@@ -331,7 +330,44 @@ def test_it_says_what_keeps_it_from_checking(monkeypatch):
 
 
 def test_nothing_chosen_is_said(monkeypatch):
-    with pytest.raises(command.CannotCheckError, match="rms norm"):
-        table.cases("no such operation")
-    with pytest.raises(command.CannotCheckError, match="one stage"):
-        mutations.run(80, "no such mistake")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    text, status = command.main(["--only", "one stage"])
+    assert (status, "rms norm" in text, "mistake" in text) == (2, True, False)
+    text, status = command.main(["--only", "no such name", "--self-test"])
+    assert (status, "rms norm" in text, "No mistake" in text) == (2, True, True)
+
+
+def elf(sections):
+    """A 64-bit ELF file of these sections by name, with the table of section names as the last."""
+    sections = sections | {".shstrtab": b"\0".join([b"", *(name.encode() for name in sections), b".shstrtab", b""])}
+    names, start, headers = sections[".shstrtab"], 64, b""
+    for name, content in sections.items():
+        at = names.index(b"\0" + name.encode() + b"\0") + 1
+        headers += struct.pack("<IIQQQQIIQQ", at, 1, 0, 0, start, len(content), 0, 0, 0, 0)
+        start += len(content)
+    front = bytearray(64)
+    struct.pack_into("<Q", front, 0x28, start)
+    struct.pack_into("<HHH", front, 0x3A, 64, len(sections), len(sections) - 1)
+    return bytes(front) + b"".join(sections.values()) + headers
+
+
+def test_the_machine_code_in_a_cubin():
+    assert compile.text_section(elf({".debug": b"d" * 5, ".text.k": b"code", ".rela.text.k": b"r"})) == b"code"
+    with pytest.raises(AssertionError, match="2 functions"):
+        compile.text_section(elf({".text.k": b"code", ".text.other": b"code"}))
+
+
+def test_the_code_of_several_cubins_is_read_at_once_and_told_apart(monkeypatch):
+    cubins = [elf({".text.a": bytes(48)}), elf({".text.b": bytes(range(16))})]
+    asked = []
+
+    def disassemble(tool, code, *options):
+        asked.append((code, options[-1]))
+        return "  .headerflags @x\n" + "".join(f"/*{address:04x}*/ I{address} ;\n" for address in range(0, 64, 16))
+
+    monkeypatch.setattr(compile, "_run", disassemble)
+    found = compile.machine_code(cubins, 90)
+    assert asked == [(bytes(48) + bytes(range(16)), "SM90")]
+    assert [text.split()[1::3] for text in found.values()] == [["I0", "I16", "I32"], ["I48"]]
+    assert list(found) == cubins
+    assert compile.machine_code([], 80) == {}

@@ -72,7 +72,9 @@ def test_blocks_of_the_mask(T, kind):
 
 
 def dense(number: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    return flex_attention._ordered_to_dense(number, order, order.shape[-1]).bool()
+    """The lists as bool (B, 1, i, j)."""
+    listed = torch.arange(order.shape[3], device=order.device) < number[..., None]
+    return torch.zeros_like(listed).scatter(3, order.long(), listed)
 
 
 def test_autograd_sees_through_it():
@@ -95,17 +97,32 @@ def test_nothing_is_read_back():
 
 
 def test_traced_whole():
-    """The graph that is compiled on a GPU, forward and backward, with the mask built inside."""
-    documents = numbers("short", 2, 150)
+    """The graph that is compiled on a GPU, forward and backward."""
+    mask = attention.block_mask(numbers("short", 2, 150))
     leaves = [torch.randn(2, heads, 150, 16, device=DEVICE, requires_grad=True) for heads in (4, 1, 1)]
-    eager = attention.within_documents(*leaves, documents)
-    traced = torch.compile(attention.within_documents, fullgraph=True, backend="aot_eager")(*leaves, documents)
+    eager = attention.masked(*leaves, mask, 0.25)
+    traced = torch.compile(attention.masked, fullgraph=True, backend="aot_eager")(*leaves, mask, 0.25)
     torch.testing.assert_close(traced, eager)
     gradient = torch.randn_like(eager)
     for one, two in zip(
         torch.autograd.grad(traced, leaves, gradient), torch.autograd.grad(eager, leaves, gradient), strict=True
     ):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_is_made_once_for_all_layers():
+    documents = numbers("short", 2, 150)
+    mask = attention.documents_mask(documents)
+    assert attention.documents_mask(documents) is mask
+    documents[:, 70:] = 1000
+    changed = attention.documents_mask(documents)
+    assert changed is not mask
+    with torch.inference_mode():
+        assert attention.documents_mask(documents) is changed
+        assert not attention.documents_mask(documents + 1).kv_indices.requires_grad
+    newer = numbers("one", 2, 150)
+    with torch.inference_mode():
+        assert not attention.documents_mask(newer).kv_indices.is_inference()
 
 
 @pytest.mark.slow
@@ -115,7 +132,7 @@ def test_compiled(documents):
     q, k, v = (torch.randn(2, heads, 600, 32, device=DEVICE) for heads in (4, 1, 1))
     documents = numbers(documents, 2, 600)
     with torch.inference_mode():
-        fused = attention.fused()(q, k, v, documents)
+        fused = attention.fused(q, k, v, attention.block_mask(documents), 32**-0.5)
     with use_backend("reference"):
         true = kernels.attention(*(x.transpose(1, 2) for x in (q, k, v)), documents).transpose(1, 2)
     torch.testing.assert_close(fused, true, rtol=1e-4, atol=1e-5)

@@ -116,7 +116,7 @@ def test_fake_cuda_tensors_go_through_the_forward_pass_and_decoding():
         losses = model.losses(tokens, tokens, tokens)
         assert losses.nll.device.type == losses.expert_counts.device.type == "cuda"
         assert losses.expert_counts.shape == (2, 4)
-        step = Runner(model, 4, 16).forward([Piece([1, 2, 3], 0, [1], 3), Piece([4], 7, [3], 1)])
+        step = Runner(model, 4, 16).eager([Piece([1, 2, 3], 0, [1], 3), Piece([4], 7, [3], 1)])
         assert step.logits.shape == (4, MICRO.vocab_size)
         assert step.experts.shape == (MICRO.num_hidden_layers, 4, MICRO.num_experts_per_tok)
         assert step.logits.device.type == step.experts.device.type == "cuda"

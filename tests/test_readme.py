@@ -129,7 +129,6 @@ def test_the_two_commands_are_those_of_the_project():
         '/ruff" check .',
         '/ruff" format --check .',
         '/pytest"',
-        "-m kernels.check",
         "-m kernels.check --self-test",
     ):
         assert step in checks, step

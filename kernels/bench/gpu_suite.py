@@ -5,6 +5,7 @@ Each part is a function of its own. What is wrong (a test, a bit, a graph, a res
 than predicted or than its target is reported.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -71,9 +72,12 @@ def run_tests(root: Path, say: Say) -> list[dict[str, Any]]:
 def run_pytest(name: str, root: Path, args: Sequence[str], say: Say) -> dict[str, Any]:
     """Status and last line of one pytest; status 5, no such test, is no failure."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    # Compiling is what takes the time: 145 s with 14 processes for an H100, where one has some 30 minutes of it.
+    spread = ["-n", "auto"] if importlib.util.find_spec("xdist") else []
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *args], cwd=root, env=environment, capture_output=True, text=True
-    )
+        [sys.executable, "-m", "pytest", *spread, *args], cwd=root, env=environment, capture_output=True,
+        text=True,
+    )  # fmt: skip
     last = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()[-1]
     ok = done.returncode in (0, 5)
     say(f"tests, {name}: {last}")
@@ -193,14 +197,14 @@ def sheet(name: str) -> Gpu | None:
     return next((gpu for key, gpu in GPUS.items() if key in name.lower()), None)
 
 
-def compare(records: Iterable[dict[str, Any]], gpu: Gpu) -> list[dict[str, Any]]:
-    """Our measured times beside the model's."""
+def compare(records: Iterable[dict[str, Any]], gpu: Gpu, launch: float) -> list[dict[str, Any]]:
+    """Our measured times beside the model's, to which `launch` is added, the time that measuring nothing takes."""
     found = []
     for r in records:
         op = "expert_mlp" if r["op"] == "sweep" else r["op"]
         if r["ours"] and op in PREDICTED:
             shape = Shape(**r["shape"])
-            seconds = predict(gpu, op, shape).seconds
+            seconds = predict(gpu, op, shape).seconds + launch
             measured = r["cold"]["median"]
             found.append({
                 "op": r["op"], "shape": shape.name, "tokens": shape.tokens, "distribution": shape.distribution,
@@ -258,7 +262,10 @@ def measured(
 def suite(device: torch.device, seconds: float, quick: bool, say: Say) -> tuple[dict[str, Any], Machine]:
     """The whole report; its `ok` says whether everything is right, and `records` what was measured."""
     here = machine(device, torch.bfloat16)
-    say(f"{here.name}: {run.flops_text(here.gemm)} in a GEMM, {run.bytes_text(here.copy)} in a copy")
+    say(
+        f"{here.name}: {run.flops_text(here.gemm)} in a GEMM, {run.bytes_text(here.copy)} in a copy, "
+        f"{run.duration(here.launch)} for a launch"
+    )
     report: dict[str, Any] = {
         "machine": here._asdict(), "torch": torch.__version__, "cuda": torch.version.cuda,
         "tests": run_tests(ROOT, say), "determinism": determinism(BUILDERS, BACKEND, device, PASSES, say),
@@ -271,8 +278,13 @@ def suite(device: torch.device, seconds: float, quick: bool, say: Say) -> tuple[
     if gpu is None:
         say(f"\nThere is no data sheet of {here.name} in kernels/bench/constants.py: nothing to compare with.")
     else:
-        report |= {"sheet": gpu._asdict(), "comparison": compare(records, gpu), "targets": targets(records, gpu)}
-        say(f"\nMeasured, with cold caches, beside the prediction\n{comparison_table(report['comparison'])}")
+        report |= {
+            "sheet": gpu._asdict(),
+            "comparison": compare(records, gpu, here.launch),
+            "targets": targets(records, gpu),
+        }
+        say(f"\nMeasured, with cold caches, beside the prediction and {run.duration(here.launch)} for a launch")
+        say(comparison_table(report["comparison"]))
         for t in report["targets"]:
             verdict = "reached" if t["reached"] else "MISSED"
             text = run.flops_text if t["rate"] == "flops_per_s" else run.bytes_text

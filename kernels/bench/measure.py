@@ -57,6 +57,8 @@ class Machine(NamedTuple):
     """FLOP/s of the fastest of several square products."""
     copy: float
     """Bytes/s, read and written, of a copy larger than every cache."""
+    launch: float
+    """Seconds that an operation on one number takes: part of every time that is measured."""
 
 
 class Flush:
@@ -161,7 +163,11 @@ def machine(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> M
     source = torch.ones(COPY_BYTES[device.type] // 2, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     copied = 2 * source.numel() / best(lambda: target.copy_(source), device, seconds / 4)
-    return Machine(describe(device), str(dtype).removeprefix("torch."), max(rates), copied)
+    number = torch.zeros(1, device=device)
+    return Machine(
+        describe(device), str(dtype).removeprefix("torch."), max(rates), copied,
+        best(number.zero_, device, seconds / 4),
+    )  # fmt: skip
 
 
 def best(run: Callable[[], object], device: torch.device, seconds: float) -> float:

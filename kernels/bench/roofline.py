@@ -8,8 +8,8 @@ from typing import Any
 from kernels.bench.measure import Machine
 
 MARKERS = "sD^v<>P*X"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444", "#8c564b", "#999933")
-"""Okabe and Ito's palette, which colour-blind readers can tell apart, and two more."""
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444", "#8c564b", "#999933", "#882255")
+"""Okabe and Ito's palette, which colour-blind readers can tell apart, and three more."""
 
 
 def draw(path: Path, machine: Machine, records: Sequence[dict[str, Any]], predicted: Sequence[tuple] = ()) -> None:
@@ -54,7 +54,7 @@ def roofs(axes: Any, machine: Machine, records: Sequence[dict[str, Any]]) -> Non
     )  # fmt: skip
     middle = math.sqrt(left * ridge)
     axes.annotate(
-        f"measured copy, {machine.copy / 1e9:.3g} GB/s", (middle, middle * machine.copy), xytext=(-8, 0),
+        f"measured copy, {machine.copy / 1e9:,.0f} GB/s", (middle, middle * machine.copy), xytext=(-8, 0),
         textcoords="offset points", ha="right", va="bottom",
     )  # fmt: skip
     several = len({r["shape"]["name"] for r in records}) > 1

@@ -3,7 +3,7 @@
     python -m kernels.check                       # every shipped configuration, for sm_80 and sm_90
     python -m kernels.check --arch sm_90 --json   # one architecture, as JSON
     python -m kernels.check --only "rms norm"     # the configurations whose name contains that
-    python -m kernels.check --self-test           # does a rule notice every mistake made on purpose?
+    python -m kernels.check --self-test           # the same, and then: is every mistake made on purpose noticed?
 
 Exits with 0 if all is well, with 1 if a kernel breaks a rule or a mistake goes unnoticed, with 2 if it cannot check.
 """
@@ -24,6 +24,8 @@ from kernels.check import CannotCheckError
 
 ARCHES = {"sm_80": 80, "sm_90": 90}
 
+Rows = list[dict[str, Any]]
+
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -38,7 +40,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--arch", default="sm_80,sm_90", help="architectures, separated by commas (all)")
     parser.add_argument("--only", default="", help="check what has this in its name, of configurations or mistakes")
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
-    parser.add_argument("--self-test", action="store_true", help="break kernels on purpose: is it noticed?")
+    parser.add_argument("--self-test", action="store_true", help="then break kernels on purpose: is it noticed?")
     args = parser.parse_args(argv)
     args.arch = list(dict.fromkeys(args.arch.split(",")))
     for name in args.arch:
@@ -51,33 +53,47 @@ def main(argv: list[str]) -> tuple[str, int]:
     """What to say, and the exit status."""
     try:
         args = parse(argv)
-        rows = run(args)
+        rows, results = run(args)
     except CannotCheckError as error:
         return str(error), 2
-    failed = [row for row in rows if (not row["noticed"] if args.self_test else row["breaches"])]
-    text = json.dumps(rows, indent=1) if args.json else (self_test_text if args.self_test else check_text)(rows)
+    failed = any(row["breaches"] for row in rows) or not all(result["noticed"] for result in results)
+    if args.json:
+        text = json.dumps({"kernels": rows, "mistakes": results} if args.self_test else rows, indent=1)
+    else:
+        text = "\n\n".join([check_text(rows), self_test_text(results)] if args.self_test else [check_text(rows)])
     return text, 1 if failed else 0
 
 
-def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+def run(args: argparse.Namespace) -> tuple[Rows, Rows]:
+    """The verdicts on the kernels and those on the mistakes, which are none without the self-test."""
     if importlib.util.find_spec("triton") is None:
         raise CannotCheckError("triton is not installed, without which there are no kernels; it has wheels for Linux.")
     from kernels.check import compile
 
     compile.require_compiler()
-    from kernels.check import gate, mutations
+    from kernels.check import mutations, table
 
-    job = functools.partial(mutations.run if args.self_test else gate.check, only=args.only)
-    return on_each(job, [ARCHES[name] for name in args.arch])
+    if not table.cases(args.only) and not (args.self_test and mutations.chosen(args.only)):
+        kinds = {"configuration": {case.name.partition(",")[0] for case in table.cases()}}
+        if args.self_test:
+            kinds["mistake"] = {mutation.mistake for mutation in mutations.MUTATIONS}
+        known = [
+            f"No {kind} has {args.only!r} in its name; there are {', '.join(sorted(kinds[kind]))}." for kind in kinds
+        ]
+        raise CannotCheckError(" ".join(known))
+    job = functools.partial(mutations.check_all, only=args.only, self_test=args.self_test)
+    found = on_each(job, [ARCHES[name] for name in args.arch])
+    rows, results = ([row._asdict() for part in parts for row in part] for parts in zip(*found, strict=True))
+    return rows, results
 
 
-def on_each(job: Callable[[int], list[Any]], arches: list[int]) -> list[dict[str, Any]]:
+def on_each(job: Callable[[int], Any], arches: list[int]) -> list[Any]:
     """What `job` returns for each architecture, each in a process of its own: Triton keeps one target per process."""
     with tempfile.TemporaryDirectory() as folder:
         # Kernels compiled earlier, maybe by another version, are no evidence.
         os.environ["TRITON_CACHE_DIR"] = folder
         with ProcessPoolExecutor(len(arches), multiprocessing.get_context("spawn")) as pool:
-            return [row._asdict() for rows in pool.map(job, arches) for row in rows]
+            return list(pool.map(job, arches))
 
 
 COLUMNS = {

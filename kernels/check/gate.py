@@ -39,13 +39,31 @@ class Row(NamedTuple):
     in_flight_kb: float | None = None
 
 
-def read(launch: Launch, built: Build, spec: Spec, dtype: torch.dtype, gpu: Target) -> Kernel:
-    """What the rules look at."""
-    name = str(dtype).removeprefix("torch.")
-    flow = sass.parse(machine_code(built.cubin)) if needs_code(spec, name) else None
+class Compiled(NamedTuple):
+    """A launch, what it would run, and what is asked of that."""
+
+    launch: Launch
+    built: Build
+    spec: Spec
+    dtype: torch.dtype
+
+    @property
+    def type_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+def read(compiled: list[Compiled], gpu: Target) -> list[Kernel]:
+    """What the rules look at, of each."""
+    code = machine_code({c.built.cubin for c in compiled if needs_code(c.spec, c.type_name)}, gpu.arch)
+    return [kernel(c, code.get(c.built.cubin), gpu) for c in compiled]
+
+
+def kernel(compiled: Compiled, code: str | None, gpu: Target) -> Kernel:
+    launch, built, spec, _ = compiled
+    flow = sass.parse(code) if code else None
     return Kernel(
-        name=table.name_of(launch), arch=gpu.arch, dtype=name, warps=launch.meta.get("num_warps", 4), spec=spec,
-        registers=built.registers, shared=built.shared, stack=built.stack, local=built.local,
+        name=table.name_of(launch), arch=gpu.arch, dtype=compiled.type_name, warps=launch.meta.get("num_warps", 4),
+        spec=spec, registers=built.registers, shared=built.shared, stack=built.stack, local=built.local,
         specialised=built.specialised, whole=flow and sass.count([i for block in flow.blocks for i in block]),
         loops=sass.product_loops(flow) if flow else [],
     )  # fmt: skip
@@ -77,21 +95,23 @@ def check(arch: int, only: str = "") -> list[Row]:
     assume_target(arch)
     gpu = table.GPUS[arch]
     # By machine code and what is asked of it, of which many launches share the same.
-    found: dict[tuple[int | str, Spec], tuple[Launch, Kernel | str, torch.dtype, dict[str, None]]] = {}
+    found: dict[tuple[int | str, Spec], tuple[Launch, Build | str, torch.dtype, dict[str, None]]] = {}
     for case in table.cases(only):
         for launch in table.launches(case, gpu):
             spec = table.spec(launch, case.dtype, gpu)
             try:
                 built = build(launch)
             except (RuntimeError, triton.TritonError) as error:
-                key, kernel = table.name_of(launch), str(error).strip().rpartition("\n")[2] or type(error).__name__
+                key, built = table.name_of(launch), str(error).strip().rpartition("\n")[2] or type(error).__name__
             else:
-                key, kernel = id(built), None
-            if (key, spec) not in found:
-                kernel = kernel or read(launch, built, spec, case.dtype, gpu)
-                found[key, spec] = launch, kernel, case.dtype, {}
-            found[key, spec][-1][case.name] = None
+                key = id(built)
+            found.setdefault((key, spec), (launch, built, case.dtype, {}))[-1][case.name] = None
+    kernels = iter(read([
+        Compiled(launch, built, spec, dtype)
+        for (_, spec), (launch, built, dtype, _) in found.items()
+        if isinstance(built, Build)
+    ], gpu))  # fmt: skip
     return [
-        row(launch, kernel, spec, dtype, arch, list(names))
-        for (_, spec), (launch, kernel, dtype, names) in found.items()
+        row(launch, next(kernels) if isinstance(built, Build) else built, spec, dtype, arch, list(names))
+        for (_, spec), (launch, built, dtype, names) in found.items()
     ]  # fmt: skip

@@ -8,7 +8,6 @@ import importlib.util
 import sys
 import tempfile
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from kernels import tiles
 from kernels.check import CannotCheckError, table
 from kernels.check.compile import assume_target, build
-from kernels.check.gate import read
+from kernels.check.gate import Compiled, Row, check, read
 from kernels.check.rules import breaches
 from kernels.check.table import Case
 from kernels.gpu import paged_attention
@@ -171,28 +170,28 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
+def chosen(only: str = "") -> list[Mutation]:
+    """The mistakes with `only` in their name."""
+    return [mutation for mutation in MUTATIONS if only in mutation.mistake]
+
+
 def run(arch: int, only: str = "") -> list[Result]:
     """What the rules say of the mistakes with `only` in their name. For one architecture per process."""
-    chosen = [mutation for mutation in MUTATIONS if only in mutation.mistake]
-    if not chosen:
-        names = ", ".join(sorted({mutation.mistake for mutation in MUTATIONS}))
-        raise CannotCheckError(f"No mistake has {only!r} in its name; there are {names}.")
     assume_target(arch)
     gpu = table.GPUS[arch]
-    return [result(mutation, mutation.rules[arch], gpu) for mutation in chosen if arch in mutation.rules]
+    known = [mutation for mutation in chosen(only) if arch in mutation.rules]
+    launches = [(m, launch) for m in known for launch in (m.make(m, gpu), shipped(m, gpu))]
+    compiled = [
+        Compiled(launch, build(launch), table.spec(launch, m.case.dtype, gpu), m.case.dtype) for m, launch in launches
+    ]
+    broken = [list(breaches(kernel)) for kernel in read(compiled, gpu)]
+    return [
+        Result(m.mistake, f"sm_{arch}", m.kernel, rule, bad, noticed=rule in bad and rule not in unchanged)
+        for m, bad, unchanged in zip(known, broken[::2], broken[1::2], strict=True)
+        for rule in [m.rules[arch]]
+    ]
 
 
-def result(mutation: Mutation, rule: str, gpu: Target) -> Result:
-    bad = broken(mutation.make(mutation, gpu), mutation.case.dtype, gpu)
-    noticed = rule in bad and rule not in unbroken(mutation.case, mutation.kernel, gpu)
-    return Result(mutation.mistake, f"sm_{gpu.arch}", mutation.kernel, rule, list(bad), noticed)
-
-
-@cache
-def unbroken(case: Case, kernel: str, gpu: Target) -> dict[str, str]:
-    """The rules that a kernel breaks as it is shipped."""
-    return broken(pick(table.launches(case, gpu), kernel), case.dtype, gpu)
-
-
-def broken(launch: Launch, dtype: torch.dtype, gpu: Target) -> dict[str, str]:
-    return breaches(read(launch, build(launch), table.spec(launch, dtype, gpu), dtype, gpu))
+def check_all(arch: int, only: str, self_test: bool) -> tuple[list[Row], list[Result]]:
+    """The verdicts on what is shipped, and in a self-test on the mistakes, which share what was compiled."""
+    return check(arch, only), run(arch, only) if self_test else []

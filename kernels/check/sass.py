@@ -10,13 +10,14 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
-LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
-LABEL = re.compile(r"(\.L_\w+):")
-TARGET = re.compile(r"`\((\.L_\w+)\)")
+LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
+TARGET = re.compile(r"(?:^|[ ,])0x([0-9a-f]+)$")
 MMA = re.compile(r"H?GMMA\.(\d+)x(\d+)x(\d+)|[HI]MMA\.(16)(8)(\d+)")
 WIDTH = re.compile(r"\.(U8|S8|U16|S16|64|128)\b")
 
 BRANCHES = ("BRA", "BRX", "JMP", "JMX", "EXIT", "RET", "CALL")
+JUMPS = ("BRA", "JMP", "CALL")
+"""Those that name an address."""
 WIDTH_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 WARP = 32
 
@@ -36,6 +37,12 @@ class Instruction(NamedTuple):
     def idle(self) -> bool:
         """Whether it never does anything: filler that the assembler predicates off."""
         return self.predicate in ("@!PT", "@!UPT") or self.base == "NOP"
+
+    @property
+    def target(self) -> int | None:
+        """The address that it jumps to."""
+        found = TARGET.search(self.operands) if self.base in JUMPS else None
+        return int(found[1], 16) if found else None
 
     @property
     def width(self) -> int:
@@ -96,30 +103,30 @@ class Body(NamedTuple):
 
 
 def parse(text: str) -> Flow:
-    """The control flow of the first function in nvdisasm's text."""
+    """The control flow of a function in nvdisasm's text, an instruction a line."""
+    code = {int(found[1], 16): Instruction(found[2] or "", found[3], found[4].strip()) for found in LINE.finditer(text)}
+    targets = {instruction.target for instruction in code.values()}
     blocks: list[list[Instruction]] = [[]]
-    starts: dict[str, int] = {}
-    for line in text.splitlines():
-        if label := LABEL.match(line.strip()):
+    starts: dict[int, int] = {}
+    for address, instruction in code.items():
+        if address in targets:
             if blocks[-1]:
                 blocks.append([])
-            starts[label[1]] = len(blocks) - 1
-        elif found := LINE.search(line):
-            blocks[-1].append(Instruction(found[1] or "", found[2], found[3].strip()))
-            if blocks[-1][-1].base in BRANCHES:
-                blocks.append([])
+            starts[address] = len(blocks) - 1
+        blocks[-1].append(instruction)
+        if instruction.base in BRANCHES:
+            blocks.append([])
     return Flow(blocks, [_successors(i, blocks, starts) for i in range(len(blocks))])
 
 
-def _successors(i: int, blocks: list[list[Instruction]], starts: dict[str, int]) -> list[int]:
+def _successors(i: int, blocks: list[list[Instruction]], starts: dict[int, int]) -> list[int]:
     after = [i + 1] if i + 1 < len(blocks) else []
     if not blocks[i] or blocks[i][-1].base not in BRANCHES:
         return after
     last = blocks[i][-1]
-    found = TARGET.search(last.operands)
     # ptxas also leaves loops by calling what follows them, so a call is a jump that may or may not be taken.
-    conditional = last.predicate or last.base == "CALL" or re.search(r"U?P\d", last.operands.partition("`")[0])
-    return ([starts[found[1]]] if found and found[1] in starts else []) + (after if conditional else [])
+    conditional = last.predicate or last.base == "CALL" or re.search(r"U?P\d", last.operands)
+    return ([starts[last.target]] if last.target in starts else []) + (after if conditional else [])
 
 
 def reachable(flow: Flow) -> list[int]:

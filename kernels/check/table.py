@@ -169,11 +169,8 @@ def append(n: int, H: int, G: int, C: int, P: int, dtype: torch.dtype, int8: boo
 
 
 def cases(only: str = "") -> list[Case]:
-    """The shipped configurations with `only` in their name. Raises CannotCheckError where there is none."""
-    if found := [case for case in shipped() if only in case.name]:
-        return found
-    names = sorted({case.name.partition(",")[0] for case in shipped()})
-    raise CannotCheckError(f"No configuration has {only!r} in its name; they begin with {', '.join(names)}.")
+    """The shipped configurations with `only` in their name."""
+    return [case for case in shipped() if only in case.name]
 
 
 def shipped() -> Iterator[Case]:

@@ -73,9 +73,8 @@ def paged_attention(
         )  # fmt: skip
         if splits > 1:
             launch(
-                merge_splits, (n, H), partial, lse, out, query_offsets, lengths, first, n, S,
-                C=C, SPLIT=tile.split, FINE=tile.fine, BLOCK_P=min(64, 8192 // block_c), BLOCK_C=block_c,
-                num_warps=4,
+                merge_splits, (n, H), partial, lse, out, first, n, splits,
+                C=C, BLOCK_P=min(64, 8192 // block_c), BLOCK_C=block_c, num_warps=4,
             )  # fmt: skip
     return out
 
@@ -145,7 +144,7 @@ def attend_splits(
     stop = first_position + tl.minimum((first_row + BLOCK_M - 1) // R + 1, queries)
     begin = split_start(split, SPLIT, FINE)
     stop = tl.minimum(stop, split_start(split + 1, SPLIT, FINE))
-    if (first_row >= queries * R) | (begin >= stop):
+    if first_row >= queries * R:
         return
 
     # Offsets inside a block of rows and inside a page fit 32 bits, which halves their registers.
@@ -157,6 +156,14 @@ def attend_splits(
     row_offsets = rows // R * (R * G) + rows % R
     offsets = row_offsets[:, None] * C + channels[None, :]
     first_head = (first_query + first + block_query) * (R * G) + g * R
+    partial_head = first_head + (split.to(tl.int64) * n - first_query) * (R * G)
+    if begin >= stop:
+        # So that the merge need not look up which sequence a query is of: with 16 of them that is 5 loads, each waiting
+        # for the one before it.
+        if lse is not None:
+            tl.store(lse + partial_head + row_offsets, float("-inf"), mask=real)
+        return
+
     q_tile = tl.load(q + first_head * C + offsets, mask=inside, other=0.0)
     position = first_position + tl.minimum(block_query + rows // R, queries - 1)
 
@@ -203,23 +210,18 @@ def attend_splits(
 
     seen = total > 0
     total = tl.where(seen, total, 1.0)
-    first_head += (split.to(tl.int64) * n - first_query) * (R * G)
-    tl.store(partial + first_head * C + offsets, acc / total[:, None], mask=inside)
+    tl.store(partial + partial_head * C + offsets, acc / total[:, None], mask=inside)
     if lse is not None:
-        tl.store(lse + first_head + row_offsets, tl.where(seen, top + tl.log2(total), float("-inf")), mask=real)
+        tl.store(lse + partial_head + row_offsets, tl.where(seen, top + tl.log2(total), float("-inf")), mask=real)
 
 
-@triton.jit(do_not_specialize=["first_query", "n", "S"])
+@triton.jit(do_not_specialize=["first_query", "n", "splits"])
 def merge_splits(
-    partial, lse, out, query_offsets, lengths, first_query, n, S,
-    C: tl.constexpr, SPLIT: tl.constexpr, FINE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    partial, lse, out, first_query, n, splits, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Mean of the splits that a query sees, weighted by 2^lse: one program per query and head."""
+    """Mean of the splits weighted by 2^lse, which is 0 for those that a query does not see: one program per query and
+    head."""
     query, h, H = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    s = sequence_of(query, query_offsets, first_query, n, S, 1, 1)
-    position = tl.load(lengths + s) - tl.load(query_offsets + s + 1) + first_query + query
-    short = (position // SPLIT).to(tl.int32)
-    splits = tl.minimum(short, FINE + (short - FINE) // 2) + 1
     channels = tl.arange(0, BLOCK_C)
     lse += query * H + h
     partial += (query * H + h) * C
@@ -232,11 +234,10 @@ def merge_splits(
     for start in range(0, splits, BLOCK_P):
         split = start + tl.arange(0, BLOCK_P).to(tl.int64)
         weight = tl.exp2(tl.load(lse + split * n * H, mask=split < splits, other=float("-inf")) - top)
-        inside = (split < splits)[:, None] & (channels < C)[None, :]
-        part = tl.load(partial + (split * n * H * C)[:, None] + channels[None, :], mask=inside, other=0.0).to(
-            tl.float32
-        )
+        # Where nothing is seen nothing was written.
+        inside = (weight > 0)[:, None] & (channels < C)[None, :]
+        part = tl.load(partial + (split * n * H * C)[:, None] + channels[None, :], mask=inside, other=0.0)
         total += weight
-        acc += weight[:, None] * part
+        acc += weight[:, None] * part.to(tl.float32)
     mean = tl.sum(acc, 0) / tl.sum(total, 0)
     tl.store(out + ((first_query + query) * H + h) * C + channels, mean, mask=channels < C)

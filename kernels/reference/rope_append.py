@@ -17,7 +17,7 @@ def rope_append(
                     pages[page, token] = new
                 else:
                     peak = new.float().abs().amax(1)
-                    scale = torch.where(peak == 0, 1.0, peak / 127)
+                    scale = torch.where(peak == 0, 1.0, peak / torch.full_like(peak, 127))
                     scales[page, token] = scale
                     pages[page, token] = torch.floor(new.float() / scale[:, None] + 0.5)
     return q

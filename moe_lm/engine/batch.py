@@ -41,10 +41,39 @@ class Batch(NamedTuple):
     """(S,) tokens in the cache after the step."""
     rows: Tensor
     """(R,) rows whose logits are wanted."""
+    whole: Tensor
+    """All of these after each other."""
+
+    @property
+    def inputs(self) -> Tensor:
+        """All that the model's states depend on, which is all but `rows`, after each other."""
+        return self.whole[: len(self.whole) - len(self.rows)]
 
 
-def build(pieces: list[Piece], page_size: int, device: torch.device, ahead: int = 0) -> Batch:
-    """A step's tensors, with pages in the table for `ahead` tokens more of each sequence."""
+def parts(whole: Tensor, tokens: int, sequences: int, pages: int) -> Batch:
+    """The batch that `whole` is, or with no rows its `inputs`."""
+    sizes = [tokens, tokens, tokens, sequences * pages, sequences + 1, sequences]
+    *found, rows = whole.split([*sizes, len(whole) - sum(sizes)])
+    found[3] = found[3].view(sequences, pages)
+    return Batch(*found, rows, whole)
+
+
+class Size(NamedTuple):
+    """What a step's tensors are filled up to."""
+
+    tokens: int
+    """New tokens. Those that are missing repeat the last one, each as a sequence of its own, and leave no trace in the
+    cache: they choose the experts that the last one does."""
+    sequences: int
+    """Sequences, the missing ones without a token: at least those that there are and one for each token repeated."""
+    pages: int
+    """Of the longest sequence."""
+
+
+def build(
+    pieces: list[Piece], page_size: int, device: torch.device, *, ahead: int = 0, size: Size | None = None
+) -> Batch:
+    """A step's tensors, with pages in the table for `ahead` tokens more of each sequence, filled up to `size`."""
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -58,15 +87,28 @@ def build(pieces: list[Piece], page_size: int, device: torch.device, ahead: int 
         offsets.append(offsets[-1] + n)
         rows += range(offsets[-1] - piece.wanted, offsets[-1])
     lengths = [piece.start + len(piece.tokens) for piece in pieces]
-    width = max(-(-(length + ahead) // page_size) for length in lengths)
+    width = pages_of(lengths, page_size, ahead) if size is None else size.pages
     table: list[int] = []
     for piece in pieces:
         table += piece.blocks[:width]
         table += [0] * (width - len(piece.blocks))
+    if size is not None:
+        spare = size.tokens - len(tokens)
+        empty = size.sequences - len(pieces) - spare
+        table += table[-width:] * spare + [0] * (empty * width)
+        offsets += [*range(offsets[-1] + 1, size.tokens + 1), *[size.tokens] * empty]
+        lengths += [positions[-1] + 1] * spare + [0] * empty
+        tokens += tokens[-1:] * spare
+        positions += positions[-1:] * spare
+        slots += [-1] * spare
     lists = (tokens, positions, slots, table, offsets, lengths, rows)
     # One tensor and its parts: seven small ones take three times as long.
-    whole = to_device(list(chain(*lists)), device).split([len(each) for each in lists])
-    return Batch(*whole[:3], whole[3].view(len(pieces), width), *whole[4:])
+    return parts(to_device(list(chain(*lists)), device), len(tokens), len(lengths), width)
+
+
+def pages_of(lengths: list[int], page_size: int, ahead: int = 0) -> int:
+    """Pages of the longest sequence, with `ahead` tokens more."""
+    return -(-(max(lengths) + ahead) // page_size)
 
 
 def places(blocks: list[int], page_size: int, start: int, end: int) -> list[int]:

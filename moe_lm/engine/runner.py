@@ -1,8 +1,9 @@
 """A model with the cache of many sequences: pieces of them in, logits out.
 
 On a CPU a step is one native call if there is a C++ compiler (kernels.cpu.decoder), which gives a row the same bits in
-every batch. Else the model runs as it is written. Its matrix products then choose their kernels by the number of rows,
-and so a row's last bits depend on the batch; where that must not be, steps are cut into passes of ROWS rows.
+every batch. Else the model runs as it is written, on a GPU as CUDA graphs of that (moe_lm.engine.graphs). Its matrix
+products then choose their kernels by the number of rows, and so a row's last bits depend on the batch; where that must
+not be, steps are cut into passes of ROWS rows.
 
 L layers, N new tokens, R rows whose logits are wanted, G key-value heads, C channels of a head, K experts per token.
 """
@@ -12,19 +13,19 @@ import warnings
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 
 import kernels
 from moe_lm.config import ConfigError, ModelConfig
-from moe_lm.engine.batch import Batch, Piece, build, passes
+from moe_lm.engine.batch import Batch, Piece, Size, build, pages_of, passes
+from moe_lm.engine.graphs import Graphs, common_size
 from moe_lm.engine.native import make_decoder, why_not
 from moe_lm.model import Transformer
 from moe_lm.model.attention import Rotation
 from moe_lm.model.layers import rotary_angles
 
 ROWS = 8
-"""Rows of a pass whose bits must not depend on the batch, short ones filled up with copies of the last token."""
+"""Rows of a pass whose bits must not depend on the batch; short ones are filled up."""
 
 
 class Step(NamedTuple):
@@ -55,6 +56,7 @@ class Runner:
         if native and self.why_eager:
             raise ConfigError(f"native = True is asked for and cannot be: {self.why_eager}")
         self.decoder = None if self.why_eager else make_decoder(model)
+        self.graphs = Graphs(self.states) if self.device.type == "cuda" else None
         if native is None and self.why_eager and self.device.type == "cpu":
             warnings.warn(self.describe(), stacklevel=3)
         positions = torch.arange(min(blocks * block_size, model.config.max_position_embeddings) if self.decoder else 0)
@@ -68,6 +70,8 @@ class Runner:
         how = (
             "whole batches" if self.rows is None else f"passes of {self.rows} rows, which keep a token's bits the same"
         )
+        if self.graphs is not None:
+            return f"A step is the model's PyTorch code in {how}, {self.graphs.describe()}."
         return f"A step is the model's PyTorch code in {how}; no native step: {self.why_eager}."
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
@@ -82,10 +86,10 @@ class Runner:
         if self.decoder is not None:
             return self.native(build(pieces, self.block_size, self.device))
         groups = [pieces] if self.rows is None else passes(pieces, self.rows)
-        steps = [self.eager(build(group, self.block_size, self.device)) for group in groups]
-        if len(steps) == 1:
-            return steps[0]
-        return Step(torch.cat([step.logits for step in steps]), torch.cat([step.experts for step in steps], dim=1))
+        steps = [self.eager(group) for group in groups]
+        if len(steps) > 1:
+            steps = [Step(torch.cat([step.logits for step in steps]), torch.cat([step.experts for step in steps], 1))]
+        return steps[0] if self.graphs is None else to_host(steps[0])
 
     def guess(self, pieces: list[Piece], counts: list[int]) -> list[list[int]]:
         """For each piece its counts[i] >= 1 likeliest next tokens, each following the one before it, fewer from where
@@ -119,22 +123,16 @@ class Runner:
         ))  # fmt: skip
 
     @torch.inference_mode()
-    def eager(self, batch: Batch) -> Step:
-        n = len(batch.tokens)
-        spare = (self.rows or n) - n
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
-            keys, values = self.keys[layer], self.values[layer]
-            q = kernels.rope_append(q, k, v, *rotation, keys, values, slots)
-            out = kernels.paged_attention(
-                q[:n], keys, values, batch.page_table, batch.query_offsets, batch.lengths
-            )  # fmt: skip
-            return torch.cat([out, out[-1:].expand(spare, -1, -1)]) if spare else out
-
-        # Spare rows repeat the last token and leave no trace in the cache.
-        slots = functional.pad(batch.slots, (0, spare), value=-1)
-        tokens, positions = (torch.cat([x, x[-1:].expand(spare)]) for x in (batch.tokens, batch.positions))
-        states, routings = self.model.hidden_states(tokens, positions, attend)
+    def eager(self, pieces: list[Piece]) -> Step:
+        """One pass of the model's own code, whose launches a GPU may have as a graph."""
+        new = sum(len(piece.tokens) for piece in pieces)
+        pages = pages_of([piece.start + len(piece.tokens) for piece in pieces], self.block_size)
+        size = None if self.rows is None else Size(self.rows, self.rows, pages)
+        if self.graphs is not None:
+            size = common_size(self.rows or new, len(pieces), pages)
+        batch = build(pieces, self.block_size, self.device, size=size)
+        run = self.states if self.graphs is None or size is None else self.graphs
+        states, experts = run(batch)
         if self.rows is None:
             logits = self.model.logits(states[batch.rows])
         else:
@@ -144,8 +142,26 @@ class Runner:
                 if len(batch.rows)
                 else states.new_empty(0, self.model.config.vocab_size, dtype=torch.float32)
             )
-        experts = [routed.routing.experts[:n] for routed in routings]
-        return Step(logits, torch.stack(experts) if experts else tokens.new_empty(0, n, 0))
+        return Step(logits, experts[:, :new])
+
+    def states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Normed states of every row before the projection (N, D), and `Step.experts` of all rows."""
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+            keys, values = self.keys[layer], self.values[layer]
+            q = kernels.rope_append(q, k, v, *rotation, keys, values, batch.slots)
+            return kernels.paged_attention(q, keys, values, batch.page_table, batch.query_offsets, batch.lengths)
+
+        states, routings = self.model.hidden_states(batch.tokens, batch.positions, attend)
+        experts = [routed.routing.experts for routed in routings]
+        return states, torch.stack(experts) if experts else batch.tokens.new_empty(0, len(states), 0)
+
+
+def to_host(step: Step) -> Step:
+    """The step in the host's memory: both copies, and one wait."""
+    copied = Step(*(part.to("cpu", non_blocking=True) for part in step))
+    torch.cuda.current_stream(step.logits.device).synchronize()
+    return copied
 
 
 def cache_shape(config: ModelConfig, blocks: int, block_size: int) -> tuple[int, ...]:
