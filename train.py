@@ -41,9 +41,9 @@ def main(argv: list[str]) -> int:
     run.open_run(run_dir, config, draft)
     data = run.prepare(config, run_dir, say)
     try:
-        trained = [run.train(config, run_dir, data, say, draft)]
+        trained = [run.train(config, run_dir, data, say, draft=draft)]
         if trained[0] and draft:
-            trained.append(run.train(draft, run_dir / "draft", data, say))
+            trained.append(run.train(draft, run_dir / "draft", data, say, target=trained[0].model))
     except NotFinite as error:
         say(str(error))
         return 1

@@ -240,6 +240,9 @@ class TrainConfig:
     """AdamW's decay of the second moment."""
     adam_eps: float = 1e-8
     """Added to the root of AdamW's second moment."""
+    distillation: float = 0.0
+    """Draft only: weight in the loss of the divergence from the target's distribution, KL(target || draft), from 0, the
+    text alone, to 1, the target alone (Hinton et al. 2015; DistillSpec, Zhou et al. 2024)."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 leaves them alone."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -267,6 +270,7 @@ class TrainConfig:
             require(0 <= value < 1, f"train.{name} = {value} must be at least 0 and below 1.")
         ratio = self.min_learning_rate_ratio
         require(0 <= ratio <= 1, f"train.min_learning_rate_ratio = {ratio} must be between 0 and 1.")
+        require(0 <= self.distillation <= 1, f"train.distillation = {self.distillation} must be between 0 and 1.")
         require(0 <= self.warmup < 1, f"train.warmup = {self.warmup} must be a share of the steps, below 1.")
         for name in ("batch_ramp_steps", "weight_decay", "max_grad_norm", "seed"):
             value = getattr(self, name)

@@ -34,7 +34,7 @@ def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("place")
     data = write_corpus(root / "corpus")
     config = tiny_config(data, draft="draft.toml", batch_tokens=1024, micro_batch_tokens=512)
-    draft = tiny_config(data, every=3, num_hidden_layers=1, num_local_experts=0, steps=8)
+    draft = tiny_config(data, every=3, num_hidden_layers=1, num_local_experts=0, steps=8, distillation=0.5)
     (root / "tiny.toml").write_text(to_toml(config), "utf-8")
     (root / "draft.toml").write_text(to_toml(draft), "utf-8")
     return root
@@ -95,7 +95,9 @@ def test_a_run_ends_with_everything_in_its_directory(finished):
         assert [step_of(path) for path in checkpoints(folder)] == kept
         for path in checkpoints(folder):
             assert {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()} == FILES
-        assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == list(range(1, steps + 1))
+        lines = read_metrics(folder / "metrics.jsonl")
+        assert [line["step"] for line in lines] == list(range(1, steps + 1))
+        assert all(("acceptance" in line) == (folder.name == "draft") for line in lines)
         config = load_config(folder / "config.toml")
         assert config.train.steps == steps
         assert load(folder).config == config.model
@@ -182,6 +184,7 @@ def test_what_cannot_work_is_one_line_and_status_2(call, place, finished):
             "tiny.toml",
         ): "draft = tiny.toml is not the draft.toml that runs/tiny began",
         ("tiny.toml", "--draft", "dratf.toml"): "no config file dratf.toml; did you mean",
+        ("draft.toml", "--run-dir", "x"): "train.distillation = 0.5 needs a target: train this as the draft of",
         ("tiny.toml", "--run-dir", "tiny.toml"): "run_dir = tiny.toml cannot be written: ",
         ("tiny.toml", "--train.device", "cuda:9", "--run-dir", "runs/device"): "device = 'cuda:9' is not there",
     }.items():

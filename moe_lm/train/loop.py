@@ -18,7 +18,8 @@ from moe_lm.config import RunConfig, require
 from moe_lm.data import PreparedData
 from moe_lm.model import Losses, Transformer
 from moe_lm.model.device import choose_device
-from moe_lm.scaling.counts import train_flops_per_token
+from moe_lm.scaling.counts import forward_flops_per_token, train_flops_per_token
+from moe_lm.train.distillation import check_distillation, distillation_losses
 from moe_lm.train.evaluate import Evaluation, evaluate
 from moe_lm.train.metrics import MetricsLog, ProgressLine
 from moe_lm.train.optim import make_optimizer
@@ -32,8 +33,14 @@ class NotFinite(RuntimeError):
 class Trainer:
     """One run of one model: builds it, or takes it up from its newest checkpoint, and trains it to the end."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, data: PreparedData):
+    def __init__(self, config: RunConfig, run_dir: Path, data: PreparedData, target: Transformer | None = None):
+        """`target` is the model that a draft is distilled from; it is put in evaluation mode, and needed only then.
+
+        Raises ConfigError for settings that fit neither it, nor the data, the device or the newest checkpoint.
+        """
+        check_distillation(config, target.config if target is not None else None)
         self.config, self.run_dir, self.data = config, run_dir, data
+        self.target = target.eval() if config.train.distillation else None
         self.device = choose_device(config.train.device)
         self.dtype = choose_dtype(config.train.dtype, self.device)
         # Measured before the seed counts: it draws random numbers, which a resumed run would draw at another step.
@@ -42,8 +49,11 @@ class Trainer:
         model = Transformer(config.model, compute_dtype=self.dtype)
         self.model = model.reset_parameters(zero_residual=config.train.zero_init_residual).to(self.device)
         self.optimizer = make_optimizer(self.model, config.train, self.dtype)
-        self.loader = data.train_loader(config.train.seed, config.data.sequence_length)
-        self.flops_per_token = train_flops_per_token(config.model, config.data.sequence_length)
+        length = config.data.sequence_length
+        self.loader = data.train_loader(config.train.seed, length)
+        self.flops_per_token = train_flops_per_token(config.model, length)
+        if self.target is not None:
+            self.flops_per_token += forward_flops_per_token(self.target.config, (length + 1) / 2)
         self.step = self.tokens = 0
         self.seconds = 0.0
         """Wall-clock of the run; of what was done before a resume, that up to the checkpoint."""
@@ -116,10 +126,15 @@ class Trainer:
         parts = []
         for batch in batches:
             batch = batch.to(self.device)
-            losses = self.model.losses(batch.tokens, batch.targets, batch.positions, batch.documents)
+            if self.target is None:
+                losses = self.model.losses(batch.tokens, batch.targets, batch.positions, batch.documents)
+                objective = losses.nll
+            else:
+                losses = distillation_losses(self.model, self.target, batch, train.distillation)
+                objective = losses.total
             # Router losses are means over a micro-batch: each counts by its share of the rows.
             share = batch.tokens.shape[0] / sum(len(b.tokens) for b in batches)
-            loss = losses.nll / num_targets + share * losses.router_loss(self.config.model)
+            loss = objective / num_targets + share * losses.router_loss(self.config.model)
             loss.backward()
             parts.append((share, losses))
         limit = train.max_grad_norm or math.inf
@@ -159,7 +174,7 @@ class Trainer:
         nll = sum(losses.nll.item() for _, losses in parts)
         counts = sum(losses.expert_counts for _, losses in parts)
         load = counts / counts.sum(1, keepdim=True)
-        return {
+        metrics = {
             "loss": nll / num_targets,
             "bits_per_byte": nll / math.log(2) / num_bytes,
             "aux_loss": sum(share * losses.aux.item() for share, losses in parts),
@@ -168,6 +183,9 @@ class Trainer:
             "router_entropy": [round(value, 5) for value in parts[-1][1].router_entropy.tolist()],
             "dead_experts": int((counts == 0).sum()),
         }
+        if self.target is not None:
+            metrics["acceptance"] = sum(losses.acceptance.item() for _, losses in parts) / num_targets
+        return metrics
 
     def check_finite(self, step: int, metrics: dict[str, Any], *names: str) -> None:
         for name in names:

@@ -107,7 +107,9 @@ def training_charts(logs: Logs) -> str:
     def lines(key: str, scale: float = 1.0, raw: bool = True, dots: str = "") -> list[Line]:
         drawn = []
         for log, steps in logs.items():
-            points = [(line["step"], line[key] * scale) for line in steps]
+            points = [(line["step"], line[key] * scale) for line in steps if key in line]
+            if not points:
+                continue
             means = list(zip((x for x, _ in points), smooth([y for _, y in points]), strict=True))
             held_out = [(line["step"], line[dots]) for line in steps if dots in line]
             color = f"var(--{log})"
@@ -122,6 +124,9 @@ def training_charts(logs: Logs) -> str:
         line_chart("Speed", "tokens per second", lines("tokens_per_s"), floor=0),
         line_chart("MFU", speed, lines("mfu", 100), floor=0, form=lambda y: f"{y:g}%"),
     ]
+    if acceptance := lines("acceptance", 100):
+        unit = "% of guesses at temperature 1, on training batches"
+        small.append(line_chart("Acceptance", unit, acceptance, floor=0, form=lambda y: f"{y:g}%"))
     numbers = "".join(
         f"<h3>{log.capitalize()}</h3>{table_html(progress_table(steps), f'training of the {log}')}"
         for log, steps in logs.items()

@@ -198,14 +198,18 @@ def models_table(facts: RunFacts) -> Table:
 def progress_table(lines: list[dict[str, Any]]) -> Table:
     """The first step, the evaluations and the last, a dozen at most; the training columns are running means."""
     loss, bits = (smooth([line[key] for line in lines]) for key in ("loss", "bits_per_byte"))
+    # Of a draft that is distilled all the way: lines from before a resume may lack it.
+    acceptance = smooth([line["acceptance"] for line in lines]) if all("acceptance" in line for line in lines) else None
     last = len(lines) - 1
     kept = [i for i, line in enumerate(lines) if i in (0, last) or "val_bits_per_byte" in line]
     rows = []
     for i in thin(kept, 12):
         line = lines[i]
         held_out = f"{line['val_bits_per_byte']:.3f}" if "val_bits_per_byte" in line else ""
-        rows.append([f"{line['step']:,}", f"{line['tokens']:,}", f"{loss[i]:.3f}", f"{bits[i]:.3f}", held_out])
-    return Table(["step", "tokens", "loss, nats per token", "bits per byte", "held-out bits per byte"], rows)
+        row = [f"{line['step']:,}", f"{line['tokens']:,}", f"{loss[i]:.3f}", f"{bits[i]:.3f}", held_out]
+        rows.append([*row, f"{acceptance[i]:.1%}"] if acceptance else row)
+    header = ["step", "tokens", "loss, nats per token", "bits per byte", "held-out bits per byte"]
+    return Table([*header, "acceptance"] if acceptance else header, rows)
 
 
 def experts_table(line: dict[str, Any]) -> Table:

@@ -15,6 +15,7 @@ from moe_lm.data import PreparedData, prepare_data
 from moe_lm.model import Transformer
 from moe_lm.scaling.counts import parameters
 from moe_lm.toml import load_config, to_toml
+from moe_lm.train.distillation import check_distillation
 from moe_lm.train.loop import Trainer
 
 CONFIG_FILE = "config.toml"
@@ -93,11 +94,12 @@ def draft_config(config: RunConfig, config_path: Path, run_dir: Path) -> RunConf
 def open_run(run_dir: Path, config: RunConfig, draft: RunConfig | None) -> None:
     """Make the directories. They are a run only once `train` has written its config there.
 
-    Raises ConfigError for a model that cannot be saved and for a directory that cannot be written.
+    Raises ConfigError for a model that cannot be saved or distilled, and for a directory that cannot be written.
     """
-    for folder, settings in ((run_dir, config), (run_dir / "draft", draft)):
+    for folder, settings, target in ((run_dir, config, None), (run_dir / "draft", draft, config.model)):
         if settings is not None:
             check_exportable(settings.model)
+            check_distillation(settings, target)
             with writable(folder):
                 folder.mkdir(parents=True, exist_ok=True)
 
@@ -116,14 +118,16 @@ def writable(folder: Path) -> Iterator[None]:
 
 
 def train(
-    config: RunConfig, run_dir: Path, data: PreparedData, say: Callable[[str], None], draft: RunConfig | None = None
-) -> TrainedModel | None:
+    config: RunConfig, run_dir: Path, data: PreparedData, say: Callable[[str], None], *,
+    draft: RunConfig | None = None, target: Transformer | None = None,
+) -> TrainedModel | None:  # fmt: skip
     """Train the model of `config` to its end, from its newest checkpoint if it has one; None if asked to stop before.
 
-    `draft` is the run to be trained after it, whose config is kept with it. Raises what Trainer.run raises.
+    `draft` is the run to be trained after it, whose config is kept with it; `target` is the model that this one is to
+    draft for. Raises what Trainer and Trainer.run raise.
     """
     counts = parameters(config.model)
-    trainer = Trainer(config, run_dir, data)
+    trainer = Trainer(config, run_dir, data, target)
     # Only now are the settings known to fit the data, the device and the checkpoint: a run refused before leaves its
     # name free, or its config as it was. The draft's comes first, since a directory with a config is resumed.
     if draft is not None:
