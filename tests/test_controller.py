@@ -97,6 +97,14 @@ def test_it_adapts_when_the_machine_changes():
     assert machine.run(500, 0.9).usual() == 0
 
 
+def test_what_a_busy_machine_cost_once_is_forgotten():
+    """Other work that met the probes alone has made guessing look dear, and taken all that it may lose."""
+    machine = Machine(lambda batch, tokens: 1.0 if tokens == batch else 4.0).run(100, 0.9)
+    machine.controller.lost = 40.0
+    machine.cost = COSTS["free"]
+    assert machine.run(2500, 0.9).usual() >= 6
+
+
 def test_each_sequence_has_its_own_length():
     machine = Machine(lambda batch, tokens: 1 + 0.03 * (tokens - batch), 8).run(1500, 0.95, 0.0)
     last = [step for step in machine.chosen[-100:] if any(step)]
@@ -121,19 +129,57 @@ def test_costs_are_learnt_in_plain_steps_first():
 
 def test_a_first_step_that_compiles_does_not_count():
     costs = StepCosts()
+    costs.record(2, 4, 1.5)  # nothing to measure it by
+    costs.record(2, 2, 1000.0)
+    assert costs.plain(2) is None
+    costs.record(2, 2, 1.0)
+    assert costs.plain(2) == 1.0
     costs.record(2, 4, 1000.0)
     assert costs.estimate(2, 4) is None
     costs.record(2, 4, 1.5)
     assert costs.estimate(2, 4) == 1.5
-    costs.record(2, 2, 1.0)
-    costs.record(2, 2, 1.0)
-    assert costs.plain(2) == 1.0
     assert costs.estimate(2, 3) == 1.25
     assert costs.estimate(2, 5) is None
     assert costs.estimate(3, 4) is None
     for _ in range(WINDOW):
         costs.record(2, 4, 3.0)
     assert costs.estimate(2, 4) == 3.0
+
+
+def test_what_verifying_takes_is_kept_beside_plain_steps():
+    """A machine that turns twice as slow after a probe has not made guessing cheaper."""
+    costs = StepCosts()
+    for seconds in (1.0, 2.0):
+        for _ in range(WINDOW):
+            costs.record(1, 1, seconds)
+        if seconds == 1:
+            for _ in range(WINDOW):
+                costs.record(1, 4, 1.5)
+                costs.record_draft(1, 3, 0.5)
+        assert costs.estimate(1, 4) == 1.5 * seconds
+        assert costs.estimate_draft(1, 3) == 0.5 * seconds
+
+
+def test_the_first_drafted_token_may_cost_more_than_the_next():
+    costs = StepCosts()
+    for _ in range(2):
+        costs.record(1, 1, 1.0)
+    assert costs.estimate_draft(1, 1) is None
+    for length, seconds in ((2, 0.5), (4, 0.75)):
+        for _ in range(2):
+            costs.record_draft(1, length, seconds)
+    assert [costs.estimate_draft(1, length) for length in (1, 2, 3, 4, 8)] == [0.5, 0.5, 0.625, 0.75, 1.5]
+
+
+def test_the_first_step_of_a_probe_is_not_measured():
+    """It finds caches cold: a guess that pays once they are warm is found to pay."""
+    controller = Controller(2)
+    sequence, before = [controller.sequence()], 0
+    for _ in range(200):
+        lengths = controller.choose(sequence)
+        controller.record(sequence, lengths, lengths, 5.0 if lengths[0] and not before else 1.0)
+        before = lengths[0]
+    assert lengths == [2]
 
 
 def test_limits_hold_in_every_step():

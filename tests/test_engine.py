@@ -11,7 +11,7 @@ from moe_lm.config import ConfigError
 from moe_lm.data import train_tokenizer
 from moe_lm.engine import Engine, SamplingParams, TextStream
 from moe_lm.engine.batch import Piece
-from moe_lm.engine.runner import Runner
+from moe_lm.engine.runner import Ahead, Runner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = ("none", "ngram", "draft", "staged")
@@ -312,13 +312,18 @@ def test_streamed_text_is_the_whole_text_up_to_the_stop(tokenizer, text, stop):
 
 
 @pytest.mark.parametrize("counts", [[1, 3, 6], [4, 4, 4]])
-def test_the_native_guess_is_that_of_one_step_after_another(counts):
+@pytest.mark.parametrize("temperatures", [[0, 0, 0], [0.9, 0, 1.3]])
+def test_the_native_guess_is_that_of_one_step_after_another(counts, temperatures):
     """Three sequences, one that has much to read, guess as many tokens as they want across a block's end."""
     model = make_model(17)
     pieces = [Piece([1, 2, 3], 0, [4, 1], 1), Piece(list(range(30)), 0, [0, 2, 3], 1), Piece([5] * 13, 0, [6, 5], 1)]
     native, eager = (Runner(model, 8, 16, native=native) for native in (True, False))
-    found = native.guess(pieces, counts)
-    assert found == eager.guess(pieces, counts)
+    numbers = (0.3, 0.8, 0.1, 0.6, 0.45, 0.97)
+    wanted = [Ahead(n, temperature, numbers[:n]) for n, temperature in zip(counts, temperatures, strict=True)]
+    found, laws = zip(*native.guess(pieces, wanted), strict=True)
+    found_in_turn, laws_in_turn = zip(*eager.guess(pieces, wanted), strict=True)
+    assert found == found_in_turn
+    torch.testing.assert_close(laws, laws_in_turn, atol=1e-5, rtol=1e-4)
     assert [len(tokens) for tokens in found] == counts
     # The cache holds what was guessed: the next step goes on from there.
     for runner in (native, eager):
@@ -333,11 +338,11 @@ def test_the_native_guess_is_that_of_one_step_after_another(counts):
 @NATIVE
 def test_a_guess_ends_where_the_draft_model_has_no_logits(native):
     model = make_model(18)
-    tokens = Runner(model, 4, 16, native=native).guess([Piece([1, 2], 0, [0], 1)], [6])[0]
+    tokens = Runner(model, 4, 16, native=native).guess([Piece([1, 2], 0, [0], 1)], [Ahead(6)])[0][0]
     bad = next(i for i, token in enumerate(tokens) if token not in (1, 2, *tokens[:i]) and i > 0)
     with torch.no_grad():
         model.embed_tokens[tokens[bad]] = float("nan")
-    assert Runner(model, 4, 16, native=native).guess([Piece([1, 2], 0, [0], 1)], [6])[0] == tokens[: bad + 1]
+    assert Runner(model, 4, 16, native=native).guess([Piece([1, 2], 0, [0], 1)], [Ahead(6)])[0][0] == tokens[: bad + 1]
 
 
 @pytest.mark.parametrize("kind", KINDS[2:])

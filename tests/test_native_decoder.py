@@ -17,6 +17,7 @@ from kernels.cpu import native
 from kernels.cpu.decoder import Decoder, has_tiles, library, unavailable
 from moe_lm.config import ModelConfig, RopeScaling
 from moe_lm.engine.native import make_decoder as engine_decoder
+from moe_lm.engine.sampler import draw, softened
 from moe_lm.model import Transformer
 from moe_lm.model.attention import whole_rows
 from moe_lm.model.layers import rotary_angles
@@ -40,12 +41,12 @@ SHAPES = {
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def make_model(shape: str, dtype: torch.dtype) -> Transformer:
+def make_model(shape: str, dtype: torch.dtype, **changes) -> Transformer:
     """A model in float32 whose matrices are of `dtype`'s values."""
     config = ModelConfig(**{
         "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_local_experts": 8, "initializer_range": 0.2,
-    } | SHAPES[shape])  # fmt: skip
+    } | SHAPES[shape] | changes)  # fmt: skip
     model = Transformer(config).reset_parameters(torch.Generator().manual_seed(1)).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.copy_(parameter.to(dtype))
@@ -336,3 +337,74 @@ def test_why_there_is_no_library(compiler, monkeypatch):
         assert "not torch.float16" in unavailable(torch.float16)
     finally:
         library.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [5, 97, 4096])
+def test_guesses_are_those_that_the_sampler_draws_from_a_forward_step(vocabulary, dtype, generic):
+    """Tokens exactly, their laws to rounding; and the same bits for a sequence alone."""
+    model = make_model("moe, one kv head", dtype, vocab_size=vocabulary)
+    decoder, angles = make_decoder(model, dtype, generic), rotary_angles(model.config, torch.arange(64))
+    prompts, counts, temperatures = [[1, 2, 3], [4], [0] * 15, [2, 2]], [5, 3, 4, 2], [0.7, 0.0, 1.5, 1e-30]
+    uniforms = [tuple(torch.rand(count, dtype=torch.float64).tolist()) for count in counts]
+
+    def guess(chosen: list[int]) -> tuple[list[list[int]], Tensor | None, Cache]:
+        cache = Cache(model.config, dtype)
+        pages = [cache.table[s].tolist() for s in chosen]
+        wanted = [[each[s] for s in chosen] for each in (counts, temperatures, uniforms)]
+        starts = [0] * len(chosen)
+        return *decoder.guess(
+            [prompts[s] for s in chosen], starts, pages, *angles, cache.keys, cache.values, *wanted
+        ), cache  # fmt: skip
+
+    found, laws, cache = guess([0, 1, 2, 3])
+    assert list(map(len, found)) == counts
+    for s, (prompt, tokens, temperature) in enumerate(zip(prompts, found, temperatures, strict=True)):
+        plain = Cache(model.config, dtype)
+        logits = plain.step(decoder, {s: prompt + tokens})[s][len(prompt) - 1 :]
+        alone, own, _ = guess([s])
+        assert alone == [tokens]
+        if temperature:
+            law = laws[s, : len(tokens)]
+            assert torch.equal(own[0], law)
+            torch.testing.assert_close(law, softened(logits[:-1], [temperature] * len(tokens)), atol=1e-7, rtol=2e-5)
+            assert tokens == [draw(p, u) for p, u in zip(law, uniforms[s], strict=True)]
+        else:
+            assert tokens == logits[:-1].argmax(1).tolist()
+        # What was guessed is in the cache: the next step goes on from there.
+        cache.lengths[s] = len(prompt) + len(tokens) - 1
+        assert torch.equal(cache.step(decoder, {s: tokens[-1:]})[s][0], logits[-1])
+
+
+def test_drawn_guesses_have_the_law_of_the_model():
+    """Chi-square of 4,000 pairs of tokens: what the second is drawn from depends on the first."""
+    model = make_model("dense, odd sizes", torch.float32, vocab_size=4)
+    decoder, cache = make_decoder(model, torch.float32), Cache(model.config, torch.float32)
+    angles, table, batch = rotary_angles(model.config, torch.arange(16)), cache.table[:, 0].tolist(), 4
+    generator, counts = torch.Generator().manual_seed(3), torch.zeros(4, 4)
+    for _ in range(1000):
+        uniforms = [tuple(row) for row in torch.rand(batch, 2, dtype=torch.float64, generator=generator).tolist()]
+        found, _ = decoder.guess(
+            [[1]] * batch, [0] * batch, [[page] for page in table], *angles, cache.keys, cache.values, [2] * batch,
+            [0.8] * batch, uniforms,
+        )  # fmt: skip
+        for first, second in found:
+            counts[first, second] += 1
+    logits = Cache(model.config, torch.float32).step(decoder, {s: [1, s] for s in range(4)})
+    first = torch.softmax(logits[0][0] / 0.8, 0)
+    expected = 4000 * torch.stack([first[s] * torch.softmax(logits[s][1] / 0.8, 0) for s in range(4)])
+    # 15 degrees of freedom: more than 44.3 comes once in ten thousand.
+    assert ((counts - expected) ** 2 / expected).sum() < 44.3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_guess_without_finite_logits_is_none(bad, temperature):
+    model = make_model("moe, one kv head", torch.float32)
+    decoder, cache = make_decoder(model, torch.float32), Cache(model.config, torch.float32)
+    model.lm_head.weight[:, 0] = bad
+    found, _ = decoder.guess(
+        [[1, 2]], [0], [cache.table[0].tolist()], *rotary_angles(model.config, torch.arange(16)), cache.keys,
+        cache.values, [3], [temperature], [(0.1, 0.5, 0.9)],
+    )  # fmt: skip
+    assert found == [[]]

@@ -13,7 +13,7 @@ from scipy.stats import chisquare, gumbel_r, kstest
 
 from moe_lm.engine import sampler
 from moe_lm.engine.request import SamplingParams
-from moe_lm.engine.sampler import Row, TokenCounts, distributions, draw, draw_rows, logprobs, usable
+from moe_lm.engine.sampler import Row, TokenCounts, distributions, draw, logprobs, usable
 from moe_lm.engine.uniforms import ACCEPT, DRAFT, RESIDUAL, SAMPLE, gumbels, uniform
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -180,7 +180,7 @@ def test_greedy_takes_no_other_pass(monkeypatch):
     def never(*_):
         raise AssertionError("greedy rows need no distribution")
 
-    for name in ("filtered", "draw", "draw_rows", "keep_head", "penalise"):
+    for name in ("filtered", "draw", "keep_head", "penalise"):
         monkeypatch.setattr(sampler, name, never)
     logits = torch.randn(4, 30)
     assert sample(logits, [row_of({"temperature": 0}, 30)] * 4) == logits.argmax(1).tolist()
@@ -200,7 +200,6 @@ def test_draw_never_takes_the_impossible():
     assert draw(p, 0.25) == 3
     assert draw(p, 1 - 2**-53) == 3
     assert {draw(p * 1e-30, u / 100) for u in range(100)} == {1, 3}
-    assert draw_rows(torch.stack([p, p.flip(0)]), [0.1, 0.9]) == [1, 3]
     for nothing in (torch.zeros(3), torch.full((3,), math.nan)):
         with pytest.raises(AssertionError, match="no token"):
             draw(nothing, 0.5)

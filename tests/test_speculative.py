@@ -10,7 +10,7 @@ from scipy.stats import chisquare
 
 from moe_lm.engine import speculative
 from moe_lm.engine.request import SamplingParams
-from moe_lm.engine.sampler import Row, TokenCounts, distributions, draw_rows
+from moe_lm.engine.sampler import Row, TokenCounts, distributions, draw
 from moe_lm.engine.speculative import IN_DRAFT, Draft, accept, verify
 from moe_lm.engine.uniforms import DRAFT
 
@@ -92,7 +92,7 @@ def guess(
         if kind == "staged" or coupled:
             found = verify(torch.stack(logits), [Draft(help) for help in helps], rows, IN_DRAFT, laws)
         else:
-            found = [(0, token) for token in draw_rows(laws, [each.uniform(DRAFT) for each in rows])]
+            found = [(0, draw(law, row.uniform(DRAFT))) for law, row in zip(laws, rows, strict=True)]
         start = 0
         for index, (count, token) in enumerate(found):
             draft, help = drafts[index], helps[index]

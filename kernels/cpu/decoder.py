@@ -17,8 +17,9 @@ head, E experts, K experts per token, F expert width, V vocabulary, P rows of a 
 import ctypes
 import functools
 import threading
-from collections.abc import Mapping, Sequence
-from ctypes import POINTER, c_double, c_int32, c_int64, c_void_p
+from collections.abc import Iterable, Mapping, Sequence
+from ctypes import POINTER, addressof, c_double, c_float, c_int32, c_int64, c_void_p
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -87,7 +88,16 @@ class StepArgs(ctypes.Structure):
 class GuessArgs(ctypes.Structure):
     """`Guess` of interface.h."""
 
-    _fields_ = [("width", c_int64), *((name, c_void_p) for name in ("counts", "cos_table", "sin_table", "tokens"))]
+    _fields_ = [
+        ("width", c_int64),
+        *(
+            (name, c_void_p)
+            for name in (
+                "tokens", "offsets", "starts", "counts", "cos_table", "sin_table", "temperatures", "uniforms", "found",
+                "laws",
+            )
+        ),
+    ]  # fmt: skip
 
 
 @functools.cache
@@ -205,59 +215,74 @@ class Decoder:
 
         Raises IndexError for a token, slot, row or page that is outside of what it indexes.
         """
-        return self._run(
-            tokens, cos, sin, slots, page_table, query_offsets, lengths, keys, values, rows, None
-        )  # fmt: skip
-
-    def guess(
-        self, tokens: Tensor, cos_table: Tensor, sin_table: Tensor, positions: Tensor, slots: Tensor,
-        page_table: Tensor, query_offsets: Tensor, lengths: Tensor, keys: Tensor, values: Tensor, counts: list[int],
-    ) -> list[list[int]]:  # fmt: skip
-        """A step, and for each sequence its counts[s] >= 1 likeliest next tokens, each following the one before it.
-
-        As `forward`, but cos_table and sin_table (positions, C / 2) are of all positions, and positions (N,) int64
-        those of the tokens. All guessed tokens but the last of a sequence are added to the cache, for which its pages
-        must have room. A sequence with a NaN among its logits gets no more tokens.
-        """
-        width = max(counts)
-        assert len(counts) == len(lengths), (counts, lengths)
-        assert min(counts) >= 1, counts
-        found = torch.empty(len(counts), width, dtype=torch.int64)
-        wanted = torch.tensor(counts)
-        guess = GuessArgs(width, *(x.data_ptr() for x in (wanted, cos_table, sin_table, found)))
-        assert cos_table.is_contiguous(), cos_table.stride()
-        assert sin_table.is_contiguous(), sin_table.stride()
-        cos, sin = cos_table.index_select(0, positions), sin_table.index_select(0, positions)
-        self._run(
-            tokens, cos, sin, slots, page_table, query_offsets, lengths, keys, values, query_offsets[1:] - 1, guess
-        )  # fmt: skip
-        return [[t for t in row[:count] if t >= 0] for row, count in zip(found.tolist(), counts, strict=True)]
-
-    def _run(
-        self, tokens: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, page_table: Tensor, query_offsets: Tensor,
-        lengths: Tensor, keys: Tensor, values: Tensor, rows: Tensor, guess: GuessArgs | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        N, S, C = len(tokens), len(lengths), self.head_dim
+        N, S, R = tokens.shape[0], lengths.shape[0], rows.shape[0]
         assert tokens.shape == slots.shape == (N,), (tokens.shape, slots.shape)
-        assert cos.shape == sin.shape == (N, C // 2), (cos.shape, sin.shape)
-        assert (len(page_table), *query_offsets.shape) == (S, S + 1), (page_table.shape, query_offsets.shape)
-        assert all(i.dtype == torch.int64 for i in (tokens, slots, page_table, query_offsets, lengths, rows))
+        assert cos.shape == sin.shape == (N, self.head_dim // 2), (cos.shape, sin.shape)
+        assert (page_table.shape[0], *query_offsets.shape) == (S, S + 1), (page_table.shape, query_offsets.shape)
         assert cos.dtype == sin.dtype == torch.float32, (cos.dtype, sin.dtype)
-        assert (keys.shape[0], *keys.shape[3:]) == (self.num_layers, self.kv_heads, C), keys.shape
-        for cached in (keys, values):
-            assert cached.shape == keys.shape, (keys.shape, values.shape)
-            assert cached.dtype == keys.dtype, (keys.dtype, values.dtype)
-            assert cached.dtype in (self.dtype, torch.float32), cached.dtype
-            assert cached.is_contiguous(), cached.stride()
+        self._check_cache(keys, values)
         inputs = [x.contiguous() for x in (tokens, slots, page_table, query_offsets, lengths, rows, cos, sin)]
-        logits = torch.empty(len(rows), self.vocabulary)
+        for x in inputs[:6]:
+            assert x.dtype == torch.int64, x.dtype
+        logits = torch.empty(R, self.vocabulary)
         experts = torch.empty(self.num_layers, N, self.top_k, dtype=torch.int32)
         step = StepArgs(
-            N, S, page_table.shape[1], keys.shape[2], keys.shape[1], len(rows), torch.get_num_threads(),
-            *(x.data_ptr() for x in (*inputs, keys, values, logits, experts)),
+            N, S, page_table.shape[1], keys.shape[2], keys.shape[1], R, torch.get_num_threads(),
+            *[x.data_ptr() for x in (*inputs, keys, values, logits, experts)],
         )  # fmt: skip
+        self._call(step, keys.dtype)
+        return logits, experts
+
+    def guess(
+        self, tokens: list[list[int]], starts: list[int], pages: list[list[int]], cos_table: Tensor, sin_table: Tensor,
+        keys: Tensor, values: Tensor, counts: list[int], temperatures: list[float], uniforms: list[tuple[float, ...]],
+    ) -> tuple[list[list[int]], Tensor | None]:  # fmt: skip
+        """For each sequence its counts[s] >= 1 next tokens, each following the one before it, with what they were drawn
+        from, float32 (S, most counts, V), None if all temperatures are 0.
+
+        tokens[s], one or more, are not read yet, the first of them at position starts[s]; pages[s] are the sequence's
+        in order, with room for all tokens but the last one guessed, which are added to the cache. cos_table and
+        sin_table (positions, C / 2) float32 are of all positions. temperatures[s] is 0 for the likeliest tokens; else
+        each is drawn from the softmax of logits over temperature by its number in uniforms[s], in [0, 1). A sequence
+        with a NaN among its logits, or no finite largest one, gets no more tokens. Raises IndexError as `forward`.
+        """
+        S, width, table_width = len(tokens), max(counts), max(map(len, pages))
+        assert min(counts) >= 1, counts
+        assert all(tokens), tokens
+        assert all(len(own) in (0, count) for own, count in zip(uniforms, counts, strict=True)), (uniforms, counts)
+        ends = [start + len(own) + count - 1 for start, own, count in zip(starts, tokens, counts, strict=True)]
+        for table in (cos_table, sin_table):
+            assert table.is_contiguous(), table.stride()
+            assert table.dtype == torch.float32, table.dtype
+            assert table.shape[0] >= max(ends), (table.shape, ends)
+        self._check_cache(keys, values)
+        offsets = list(accumulate(map(len, tokens), initial=0))
+        padded = [(*own, *[0] * (table_width - len(own))) for own in pages]
+        numbers = [(*own, *[0.0] * (width - len(own))) for own in uniforms]
+        laws = torch.empty(S, width, self.vocabulary) if any(temperatures) else None
+        logits = torch.empty(S, self.vocabulary)
+        experts = torch.empty(self.num_layers, offsets[-1], self.top_k, dtype=torch.int32)
+        # Arrays of ctypes take a microsecond to make, small tensors five. They live as long as these names.
+        whole = [as_array(c_int64, each) for each in (chain(*tokens), offsets, starts, counts, chain(*padded))]
+        heat, draws = as_array(c_float, temperatures), as_array(c_double, chain(*numbers))
+        found = (c_int64 * (S * width))()
+        guess = GuessArgs(
+            width, *map(addressof, whole[:4]), cos_table.data_ptr(), sin_table.data_ptr(),
+            *map(addressof, (heat, draws, found)), None if laws is None else laws.data_ptr(),
+        )  # fmt: skip
+        step = StepArgs(
+            offsets[-1], S, table_width, keys.shape[2], keys.shape[1], S, torch.get_num_threads(),
+            page_table=addressof(whole[4]), keys=keys.data_ptr(), values=values.data_ptr(), logits=logits.data_ptr(),
+            experts=experts.data_ptr(),
+        )  # fmt: skip
+        self._call(step, keys.dtype, guess)
+        return [
+            [token for token in found[s * width : s * width + count] if token >= 0] for s, count in enumerate(counts)
+        ], laws
+
+    def _call(self, step: StepArgs, cache_dtype: torch.dtype, guess: GuessArgs | None = None) -> None:
         with self._lock:
-            self._model.half_cache = keys.dtype == torch.bfloat16
+            self._model.half_cache = cache_dtype == torch.bfloat16
             step.workspace = self._room(self._library.moe_lm_workspace_bytes(self._model, step))
             if guess is None:
                 reason = self._library.moe_lm_forward(self._model, step)
@@ -265,9 +290,21 @@ class Decoder:
                 reason = self._library.moe_lm_guess(self._model, step, guess)
         if reason:
             raise IndexError(f"Decoder: {REASONS[reason - 1]}.")
-        return logits, experts
+
+    def _check_cache(self, keys: Tensor, values: Tensor) -> None:
+        assert (keys.shape[0], *keys.shape[3:]) == (self.num_layers, self.kv_heads, self.head_dim), keys.shape
+        for cached in (keys, values):
+            assert cached.shape == keys.shape, (keys.shape, values.shape)
+            assert cached.dtype == keys.dtype, (keys.dtype, values.dtype)
+            assert cached.dtype in (self.dtype, torch.float32), cached.dtype
+            assert cached.is_contiguous(), cached.stride()
 
     def _room(self, size: int) -> int:
         if len(self._workspace) < size:
             self._workspace = torch.empty(size, dtype=torch.uint8)
         return self._workspace.data_ptr()
+
+
+def as_array(kind: type, values: Iterable[float]) -> ctypes.Array:
+    values = list(values)
+    return (kind * len(values))(*values)

@@ -70,10 +70,8 @@ class Size(NamedTuple):
     """Of the longest sequence."""
 
 
-def build(
-    pieces: list[Piece], page_size: int, device: torch.device, *, ahead: int = 0, size: Size | None = None
-) -> Batch:
-    """A step's tensors, with pages in the table for `ahead` tokens more of each sequence, filled up to `size`."""
+def build(pieces: list[Piece], page_size: int, device: torch.device, size: Size | None = None) -> Batch:
+    """A step's tensors, filled up to `size`."""
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -87,7 +85,7 @@ def build(
         offsets.append(offsets[-1] + n)
         rows += range(offsets[-1] - piece.wanted, offsets[-1])
     lengths = [piece.start + len(piece.tokens) for piece in pieces]
-    width = pages_of(lengths, page_size, ahead) if size is None else size.pages
+    width = pages_of(lengths, page_size) if size is None else size.pages
     table: list[int] = []
     for piece in pieces:
         table += piece.blocks[:width]
@@ -106,9 +104,9 @@ def build(
     return parts(to_device(list(chain(*lists)), device), len(tokens), len(lengths), width)
 
 
-def pages_of(lengths: list[int], page_size: int, ahead: int = 0) -> int:
-    """Pages of the longest sequence, with `ahead` tokens more."""
-    return -(-(max(lengths) + ahead) // page_size)
+def pages_of(lengths: list[int], page_size: int) -> int:
+    """Pages of the longest sequence."""
+    return -(-max(lengths) // page_size)
 
 
 def places(blocks: list[int], page_size: int, start: int, end: int) -> list[int]:

@@ -26,11 +26,19 @@ SHORTEST_PAUSE, LONGEST_PAUSE = 33, 264
 """Steps between two probes: at first 3% of all, then ever fewer while probing brings nothing."""
 LOSS = 0.008
 """The share of all time that speculation may have lost before probing stops, beside ALLOWANCE plain steps' worth."""
-ALLOWANCE = 10
+MEMORY = 0.999
+"""What one step leaves of what was lost and taken before it: a probe that met a busy machine is not held against
+speculation for ever."""
+SPIKE = 1.5
+"""How many times what such steps usually take counts as lost at most: the rest is other work's."""
+ALLOWANCE = 12
 BANK = 40
 """Plain steps' worth of what speculation gained that may be lost again while a change of text is found out."""
 MARGIN = 1.02
 """How many times faster speculation must promise to be; below that it is noise."""
+PROBE = 3
+"""Steps of a probe. The first finds the draft model's weights and all that guessing runs out of the processor's caches,
+which took a third more on the nano pair: its time is not kept."""
 SURPRISE = 0.25
 """A probe in which so many more first guesses stood than expected is followed by another at once."""
 HOLD = 4
@@ -80,35 +88,71 @@ def bucket(number: int) -> int:
     return EDGES[min(bisect_left(EDGES, number), len(EDGES) - 1)]
 
 
-class StepCosts:
-    """Measured seconds of steps, by sequences in the step and by new tokens, both in buckets."""
+class Medians:
+    """Medians of the last values of each size."""
 
     def __init__(self):
-        self.times: dict[int, dict[int, deque[float]]] = defaultdict(dict)
-        self.medians: dict[int, dict[int, float]] = defaultdict(dict)
+        self.values: dict[int, deque[float]] = {}
+        self.known: dict[int, float] = {}
 
-    def record(self, batch: int, tokens: int, seconds: float) -> None:
-        batch, tokens = bucket(batch), bucket(tokens)
-        times = self.times[batch].setdefault(tokens, deque(maxlen=WINDOW))
-        times.append(seconds)
-        if len(times) >= ENOUGH:
-            self.medians[batch][tokens] = sorted(times)[(len(times) - 1) // 2]
+    def record(self, size: int, value: float) -> None:
+        values = self.values.setdefault(size, deque(maxlen=WINDOW))
+        values.append(value)
+        if len(values) >= ENOUGH:
+            self.known[size] = sorted(values)[(len(values) - 1) // 2]
+
+    def at(self, size: int) -> float | None:
+        """The median, on a line between sizes that are known, below the smallest of them what it has; None above."""
+        above = min((each for each in self.known if each >= size), default=None)
+        if above is None:
+            return None
+        below = max((each for each in self.known if each <= size), default=above)
+        if below == above:
+            return self.known[above]
+        share = (size - below) / (above - below)
+        return self.known[below] + (self.known[above] - self.known[below]) * share
+
+
+class StepCosts:
+    """Measured seconds of steps, by sequences in the step and by new tokens, both in buckets; and of drafting.
+
+    What is not a plain step is kept as multiples of what plain steps took then: a shared machine is now faster, now
+    slower, and what a probe found is compared with plain steps of much later.
+    """
+
+    def __init__(self):
+        self.plain_steps, self.verifying, self.drafting = Medians(), defaultdict(Medians), defaultdict(Medians)
 
     def plain(self, batch: int) -> float | None:
         """Seconds of a step in which each of `batch` sequences brings one token; None while not known."""
-        return self.medians[bucket(batch)].get(bucket(batch))
+        return self.plain_steps.known.get(bucket(batch))
+
+    def record(self, batch: int, tokens: int, seconds: float) -> None:
+        batch, tokens = bucket(batch), bucket(tokens)
+        if tokens == batch:
+            self.plain_steps.record(batch, seconds)
+            self.verifying[batch].known[batch] = 1.0
+        elif plain := self.plain(batch):
+            self.verifying[batch].record(tokens, seconds / plain)
+
+    def record_draft(self, batch: int, length: int, seconds: float) -> None:
+        """Drafting took so long, of which the longest draft had `length` tokens."""
+        if plain := self.plain(batch):
+            self.drafting[bucket(batch)].record(length, seconds / plain)
 
     def estimate(self, batch: int, tokens: int) -> float | None:
         """Seconds of a step: measured, or between a smaller and a larger measured one; None where neither is known."""
-        known = self.medians[bucket(batch)]
-        size = bucket(tokens)
-        if size in known:
-            return known[size]
-        below = max((each for each in known if each < size), default=None)
-        above = min((each for each in known if each > size), default=None)
-        if below is None or above is None:
+        plain, times = self.plain(batch), self.verifying[bucket(batch)].at(bucket(tokens))
+        return None if plain is None or times is None else plain * times
+
+    def estimate_draft(self, batch: int, length: int) -> float | None:
+        """Seconds of drafting: as `estimate`, but not below what the shortest known took, whose first token costs
+        several times what the next ones do, and at a constant rate beyond the longest."""
+        plain, medians = self.plain(batch), self.drafting[bucket(batch)]
+        if plain is None or not medians.known:
             return None
-        return known[below] + (known[above] - known[below]) * (size - below) / (above - below)
+        longest = max(medians.known)
+        return plain * medians.at(min(length, longest)) * max(1, length / longest)
 
 
 @dataclass
@@ -154,8 +198,6 @@ class Controller:
         self.k_max = k_max
         self.shared = Acceptance(k_max, forget=FORGET_SHARED)
         self.costs = StepCosts()
-        self.drafting: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))
-        """Drafting seconds for each token of the longest draft in a step, by batch."""
         self.lost = self.total = 0.0
         """Seconds that speculation took beyond what plain steps take for the same tokens (below 0: what it gained,
         up to BANK), and seconds of all steps."""
@@ -163,8 +205,12 @@ class Controller:
         self.held: tuple[list[Acceptance], int, list[int]] | None = None
         """Sequences, others and lengths of a choice that still holds, for `holds` more steps."""
         self.holds = 0
+        self.guessing = self.cold = False
+        """Whether the last step was to guess, and was the first one to do so."""
         self.expected: float | None = None
         """In a probe: the first guesses that should stand, as a share."""
+        self.stood: list[bool] = []
+        """In a probe: whether the first guesses so far stood."""
         self.proposed_at, self.accepted_at = [0] * k_max, [0] * k_max
         self.steps = self.probes = self.sequence_steps = self.new_tokens = 0
         self.verify_seconds = self.plain_seconds = 0.0
@@ -180,13 +226,18 @@ class Controller:
         that bring one token each and are not asked about.
         """
         limits = [self.k_max if limits is None else min(limit, self.k_max) for limit in limits or sequences]
+        lengths = self.decide(sequences, limits, others)
+        self.cold, self.guessing = any(lengths) and not self.guessing, any(lengths)
+        return lengths
+
+    def decide(self, sequences: list[Acceptance], limits: list[int], others: int) -> list[int]:
+        """`choose` with all limits at hand."""
         count, plain = len(sequences), self.costs.plain(len(sequences) + others)
-        self.expected = None
         if self.holds and self.held[:2] == (sequences, others):
             self.holds -= 1
             self.waited += 1
             return [min(length, limit) for length, limit in zip(self.held[2], limits, strict=True)]
-        self.holds = 0
+        self.holds, self.expected, self.stood = 0, None, []
         if plain is None or not any(limits):
             return [0] * count
         prior = self.shared.rates()
@@ -202,13 +253,16 @@ class Controller:
         probe = self.probe(plans, best, plain)
         if probe is None:
             # Where nothing is guessed nothing is learned, so there is nothing new to decide before a probe is due.
-            holds = HOLD if best.k else min(max(HOLD, self.pause - self.waited), LONGEST_HOLD)
+            learned = len(known) == len(plans) and not best.k
+            holds = min(max(HOLD, self.pause - self.waited), LONGEST_HOLD) if learned else HOLD
             self.held, self.holds = (list(sequences), others, best.lengths), holds - 1
             return best.lengths
         self.waited, self.turn, self.probes = 0, self.turn + 1, self.probes + 1
         self.expected = sum(rate[0] for rate in rates) / count
         # All take part, those too that would stop short: else what they accept would never be seen again.
-        return [min(probe.k, limit) for limit in limits]
+        lengths = [min(probe.k, limit) for limit in limits]
+        self.held, self.holds = (list(sequences), others, lengths), PROBE - 1
+        return lengths
 
     def plans(self, rates: list[list[float]], limits: list[int], others: int, plain: float) -> list[Plan]:
         """One plan for each draft length from 0 to the longest limit.
@@ -225,24 +279,19 @@ class Controller:
         ]
         # Where that leaves nobody, there must still be plans to probe.
         wanted = wanted if any(wanted) else limits
-        drafting = self.drafting_seconds(batch)
         plans, tokens = [Plan(0, [0] * count, count, plain)], float(count)
         for k in range(1, max(wanted) + 1):
             tokens += sum([row[k - 1] for row, most in zip(survival, wanted, strict=True) if most >= k])
             lengths = [k if k < most else most for most in wanted]
             seconds = self.costs.estimate(batch, batch + sum(lengths))
+            drafting = self.costs.estimate_draft(batch, max(lengths))
             known = seconds is not None and drafting is not None
-            plans.append(Plan(k, lengths, tokens, seconds + k * drafting if known else None))
+            plans.append(Plan(k, lengths, tokens, seconds + drafting if known else None))
         return plans
-
-    def drafting_seconds(self, batch: int) -> float | None:
-        """Seconds of drafting one token for each of `batch` sequences; None while not known."""
-        times = self.drafting[bucket(batch)]
-        return sorted(times)[(len(times) - 1) // 2] if len(times) >= ENOUGH else None
 
     def probe(self, plans: list[Plan], best: Plan, plain: float) -> Plan | None:
         """Another plan than the best known one, if it is time to learn and there is time to lose."""
-        left = LOSS * self.total + ALLOWANCE * plain - self.lost
+        left = (LOSS * self.total + ALLOWANCE * plain - self.lost) / PROBE
         # At worst nothing stands, and a token costs as much as another sequence would.
         others = [plan for plan in plans if plan.k != best.k and (plan.seconds or plain * (1 + plan.k)) - plain <= left]
         unknown = [plan for plan in others if plan.seconds is None]
@@ -268,20 +317,25 @@ class Controller:
         """
         batch, guesses = len(sequences) + others, sum(proposed)
         tokens = batch + guesses
-        self.costs.record(batch, tokens, seconds - drafting)
-        if guesses:
-            self.drafting[bucket(batch)].append(drafting / max(proposed))
+        if not (guesses and self.cold):
+            self.costs.record(batch, tokens, seconds - drafting)
+            if guesses:
+                self.costs.record_draft(batch, max(proposed), drafting)
         new = len(sequences) + sum(accepted)
         plain = self.costs.plain(batch)
-        self.total += seconds
+        self.total, self.lost = MEMORY * self.total + seconds, MEMORY * self.lost
         if guesses and plain is not None:
+            usual, draft = self.costs.estimate(batch, tokens), self.costs.estimate_draft(batch, max(proposed))
             # A step that compiles takes once what it never takes again: no token counts for more than two alone do.
-            taken = min(seconds, drafting + 2 * plain * tokens / batch)
+            most = drafting + 2 * plain * tokens / batch if None in (usual, draft) else SPIKE * (usual + draft)
+            taken = min(seconds, most)
             self.lost = max(-BANK * plain, self.lost + taken - plain * new / len(sequences))
             self.verify_seconds += seconds - drafting
             self.plain_seconds += plain
         if self.expected is not None and guesses:
-            self.learn(sum(count > 0 for count in accepted) / sum(count > 0 for count in proposed) - self.expected)
+            self.stood += [count > 0 for count, offered in zip(accepted, proposed, strict=True) if offered]
+            if not self.holds:
+                self.learn(sum(self.stood) / len(self.stood) - self.expected)
         for each, offered, stood in zip(sequences, proposed, accepted, strict=True) if guesses else ():
             each.record(offered, stood)
             self.shared.record(offered, stood)

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from moe_lm.engine.batch import Piece
-from moe_lm.engine.runner import Runner
+from moe_lm.engine.runner import Ahead, Runner
 from moe_lm.engine.sample import Sample
 from moe_lm.engine.sampler import cleared, distributions, usable
 from moe_lm.engine.speculative import IN_DRAFT, Draft, verify
+from moe_lm.engine.uniforms import uniform
 
 
 class Drafter:
@@ -35,18 +36,17 @@ class Drafter:
         guesses = [Guess(sample, k) for sample, k in wanted]
         if helped := [guess for guess in guesses if guess.help]:
             self.extend(helped)
-        if greedy := [guess for guess in guesses if guess.open and guess.sample.is_greedy]:
-            self.follow(greedy)
+        if plain := [guess for guess in guesses if guess.open and guess.sample.is_plain]:
+            self.follow(plain)
         while drawn := [guess for guess in guesses if guess.open]:
             self.extend(drawn)
         return [guess.draft for guess in guesses]
 
     def follow(self, guesses: list["Guess"]) -> None:
-        """All that is left of guesses whose tokens are the draft model's likeliest ones."""
-        counts = [guess.k - len(guess.draft.tokens) for guess in guesses]
-        found = self.runner.guess([guess.piece() for guess in guesses], counts)
-        for guess, tokens in zip(guesses, found, strict=True):
-            guess.take(tokens, None)
+        """All that is left of guesses whose tokens follow from logits and temperature alone."""
+        found = self.runner.guess([guess.piece() for guess in guesses], [guess.ahead() for guess in guesses])
+        for guess, (tokens, laws) in zip(guesses, found, strict=True):
+            guess.take(tokens, laws)
             guess.open = False
 
     def extend(self, guesses: list["Guess"]) -> None:
@@ -91,6 +91,16 @@ class Guess:
         unread = drafted[max(0, self.known - len(sequence.tokens)) :]
         tokens = sequence.tokens[self.known :] + unread + self.help
         return Piece(tokens, self.known, sequence.blocks, len(self.help) + 1)
+
+    def ahead(self) -> Ahead:
+        """What is left to guess, drawn by the numbers that `extend` would use."""
+        sequence, first = self.sample.sequence, len(self.sample.sequence.tokens) + len(self.draft.tokens)
+        params, count = sequence.params, self.k - len(self.draft.tokens)
+        if params.temperature == 0:
+            return Ahead(count)
+        places = range(first, first + count)
+        uniforms = tuple(uniform(params.seed, sequence.index, place, IN_DRAFT.sample) for place in places)
+        return Ahead(count, params.temperature, uniforms)
 
     def take(self, tokens: list[int], laws: Tensor | None) -> None:
         """What the draft model says, all but the last of it read; laws (.., V) is what its first tokens are drawn from,

@@ -20,6 +20,7 @@ from moe_lm.config import ConfigError, ModelConfig
 from moe_lm.engine.batch import Batch, Piece, Size, build, pages_of, passes
 from moe_lm.engine.graphs import Graphs, common_size
 from moe_lm.engine.native import make_decoder, why_not
+from moe_lm.engine.sampler import draw, likeliest, softened, take, usable, within
 from moe_lm.model import Transformer
 from moe_lm.model.attention import Rotation
 from moe_lm.model.layers import rotary_angles
@@ -35,6 +36,17 @@ class Step(NamedTuple):
     """float32 (R, V)."""
     experts: Tensor
     """The experts that every token chose in every layer, int (L, N, K); (0, N, 0) for a dense model."""
+
+
+class Ahead(NamedTuple):
+    """What is wanted of `Runner.guess` after one piece."""
+
+    count: int
+    """Tokens, at least one."""
+    temperature: float = 0
+    """That they are drawn at; 0 for the likeliest ones."""
+    uniforms: tuple[float, ...] = ()
+    """A number in [0, 1) for each token to draw."""
 
 
 class Runner:
@@ -91,29 +103,48 @@ class Runner:
             steps = [Step(torch.cat([step.logits for step in steps]), torch.cat([step.experts for step in steps], 1))]
         return steps[0] if self.graphs is None else to_host(steps[0])
 
-    def guess(self, pieces: list[Piece], counts: list[int]) -> list[list[int]]:
-        """For each piece its counts[i] >= 1 likeliest next tokens, each following the one before it, fewer from where
-        logits are not finite. Their keys and values are written but for the last one's: blocks must have room."""
-        if self.decoder is not None:
-            batch = build(pieces, self.block_size, self.device, ahead=max(counts) - 1)
-            return self.decoder.guess(
-                batch.tokens, *self.angles, *batch[1:6], self.keys, self.values, counts
-            )  # fmt: skip
+    def guess(self, pieces: list[Piece], wanted: list[Ahead]) -> list[tuple[list[int], Tensor | None]]:
+        """For each piece the tokens after it that are wanted, each following the one before it, fewer from where logits
+        are not finite; and what they were drawn from, float32 (tokens, V), None where they are the likeliest. Their
+        keys and values are written but for the last one's: blocks must have room."""
+        if self.decoder is None:
+            return self.guess_in_turn(pieces, wanted)
+        found, laws = self.decoder.guess(
+            [piece.tokens for piece in pieces], [piece.start for piece in pieces], [piece.blocks for piece in pieces],
+            *self.angles, self.keys, self.values, [ahead.count for ahead in wanted],
+            [within(ahead.temperature, 1e-30) if ahead.temperature else 0 for ahead in wanted],
+            [ahead.uniforms for ahead in wanted],
+        )  # fmt: skip
+        return [
+            (tokens, laws[i, : len(tokens)] if ahead.temperature else None)
+            for i, (tokens, ahead) in enumerate(zip(found, wanted, strict=True))
+        ]
+
+    def guess_in_turn(self, pieces: list[Piece], wanted: list[Ahead]) -> list[tuple[list[int], Tensor | None]]:
+        """`guess` by one forward step after another."""
         found: list[list[int]] = [[] for _ in pieces]
+        laws: list[list[Tensor]] = [[] for _ in pieces]
         going = list(range(len(pieces)))
         while going:
             logits = self.forward([pieces[i] for i in going]).logits.cpu()
-            best, finite = logits.argmax(1).tolist(), torch.isfinite(logits.amax(1)).tolist()
-            for i, token, good in zip(going, best, finite, strict=True):
-                if good:
-                    found[i].append(token)
-            going = [i for i, good in zip(going, finite, strict=True) if good and len(found[i]) < counts[i]]
-            ends = {i: pieces[i].start + len(pieces[i].tokens) for i in going}
+            good = [row for row, finite in enumerate(usable(logits)) if finite]
+            logits, going = take(logits, good), [going[row] for row in good]
+            p = softened(logits, [wanted[i].temperature for i in going])
+            for i, law, token in zip(going, p, likeliest(logits), strict=True):
+                if wanted[i].temperature:
+                    laws[i].append(law)
+                    token = draw(law, wanted[i].uniforms[len(found[i])])
+                found[i].append(token)
+            going = [i for i in going if len(found[i]) < wanted[i].count]
             pieces = [
-                Piece([found[i][-1]], ends[i], piece.blocks, 1) if i in ends else piece
+                Piece(found[i][-1:], piece.start + len(piece.tokens), piece.blocks, 1) if i in going else piece
                 for i, piece in enumerate(pieces)
             ]
-        return found
+        none = torch.empty(0, self.model.config.vocab_size)
+        return [
+            (tokens, (torch.stack(own) if own else none) if ahead.temperature else None)
+            for tokens, own, ahead in zip(found, laws, wanted, strict=True)
+        ]
 
     def native(self, batch: Batch) -> Step:
         cos, sin = (table.index_select(0, batch.positions) for table in self.angles)
@@ -130,7 +161,7 @@ class Runner:
         size = None if self.rows is None else Size(self.rows, self.rows, pages)
         if self.graphs is not None:
             size = common_size(self.rows or new, len(pieces), pages)
-        batch = build(pieces, self.block_size, self.device, size=size)
+        batch = build(pieces, self.block_size, self.device, size)
         run = self.states if self.graphs is None or size is None else self.graphs
         states, experts = run(batch)
         if self.rows is None:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from moe_lm.engine.ngram import PromptLookup
 from moe_lm.engine.request import Logprob, Output
-from moe_lm.engine.sampler import Row, TokenCounts, logprobs
+from moe_lm.engine.sampler import Row, TokenCounts, cuts, logprobs
 from moe_lm.engine.sequence import Sequence
 from moe_lm.engine.text import TextStream
 
@@ -25,12 +25,9 @@ class Sample:
         self.prompt_logprobs: list[Logprob | None] | None = None
         if params.prompt_logprobs is not None and sequence.index == 0:
             self.prompt_logprobs = [None]
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the token is the likeliest one, whatever came before it."""
-        params = self.sequence.params
-        return params.temperature == 0 and not (params.penalised or params.logit_bias or self.mask)
+        changed = params.penalised or params.logit_bias or self.mask
+        self.is_plain = not changed and (params.temperature == 0 or not (coupled or cuts(params, vocab_size)))
+        """Whether a token follows from its logits and the temperature alone: at 0 the likeliest, else one drawn."""
 
     def rows(self, drafted: list[int]) -> list[Row]:
         """How the tokens after the known ones and after each drafted one are drawn."""

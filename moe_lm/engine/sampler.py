@@ -109,7 +109,7 @@ def distributions(logits: Tensor, rows: list[Row]) -> Tensor:
 
 def take(x: Tensor, chosen: list[int]) -> Tensor:
     """Some rows of x (n, V), in ascending order; x itself where they are all."""
-    return x if len(chosen) == len(x) else x.index_select(0, torch.tensor(chosen, dtype=torch.int64))
+    return x if len(chosen) == x.shape[0] else x.index_select(0, torch.tensor(chosen, dtype=torch.int64))
 
 
 def put(x: Tensor, chosen: list[int], new: Tensor) -> Tensor:
@@ -186,18 +186,26 @@ def penalise(scores: np.ndarray, chosen: list[int], rows: list[Row]) -> None:
 
 def filtered(scores: Tensor, params: list[SamplingParams]) -> Tensor:
     """The softmax of scores (n, V) by temperature, with what top_k, top_p and min_p leave of it, (n, V)."""
-    temperature = column([each.temperature for each in params])
-    # The highest score becomes 0 first: a tiny temperature then gives -inf to the others, never inf to the best.
-    p = torch.softmax((scores - scores.amax(1, keepdim=True)).div_(temperature), dim=1)
-    cut = [i for i, each in enumerate(params) if 0 < each.top_k < p.shape[1] or each.top_p < 1 or each.min_p > 0]
+    p = softened(scores, [each.temperature for each in params])
+    cut = [i for i, each in enumerate(params) if cuts(each, p.shape[1])]
     if cut:
         p = put(p, cut, torch.from_numpy(keep_head(take(p, cut).numpy(), [params[i] for i in cut])))
     return p
 
 
-def column(values: list[float]) -> Tensor:
-    """Positive numbers as (n, 1), float32."""
-    return torch.tensor([within(value, 1e-30) for value in values], dtype=torch.float32)[:, None]
+def cuts(params: SamplingParams, vocabulary: int) -> bool:
+    """Whether filters may leave tokens of the vocabulary out."""
+    return 0 < params.top_k < vocabulary or params.top_p < 1 or params.min_p > 0
+
+
+def softened(scores: Tensor, temperatures: list[float]) -> Tensor:
+    """The softmax of scores (n, V) over temperatures (n), (n, V); 0 counts as the smallest there is."""
+    values = np.array([within(value, 1e-30) for value in temperatures], np.float32)[:, None]
+    # The highest score becomes 0 first: a tiny temperature then gives -inf to the others, never inf to the best.
+    lowered = scores.numpy() - scores.numpy().max(1, keepdims=True)
+    with np.errstate(over="ignore"):
+        lowered /= values
+    return torch.softmax(torch.from_numpy(lowered), dim=1)
 
 
 def within(value: float, low: float) -> float:
@@ -260,18 +268,12 @@ def draw(p: Tensor, uniform: float) -> int:
 
     p need not be normalised. A token of probability 0 is never drawn.
     """
-    cumulative = p.cumsum(0, dtype=torch.float64).numpy()
+    cumulative = p.numpy().cumsum(dtype=np.float64)
     total = float(cumulative[-1])
     assert total > 0, "there is no token to draw"
     token = int(cumulative.searchsorted(total * uniform, side="right"))
     # Rounding can put the target on the total itself: then the last token with any probability is meant.
     return token if token < len(cumulative) else int(cumulative.searchsorted(total))
-
-
-def draw_rows(p: Tensor, uniforms: list[float]) -> list[int]:
-    """`draw` for each row of p (n, V)."""
-    # Row by row: the float64 sums of one row stay in the cache, those of all are fresh memory at every step.
-    return [draw(row, uniform) for row, uniform in zip(p, uniforms, strict=True)]
 
 
 def logprobs(logits: Tensor, tokens: list[int], top: list[int]) -> list[Logprob]:

@@ -1,8 +1,6 @@
 """What an engine counted since it was made or since its counters were reset."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +12,19 @@ from moe_lm.engine.scheduler import Work
 from moe_lm.engine.verdict import Verdict
 
 PHASES = ("schedule", "draft", "forward", "sample", "output")
+
+
+class Timer:
+    """Adds the seconds of a `with` block to those of a phase."""
+
+    def __init__(self, seconds: dict[str, float], phase: str):
+        self.seconds, self.phase = seconds, phase
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_) -> None:
+        self.seconds[self.phase] += time.perf_counter() - self.start
 
 
 @dataclass
@@ -51,13 +62,8 @@ class Stats:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     """By phase of a step."""
 
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] += time.perf_counter() - start
+    def timed(self, phase: str) -> "Timer":
+        return Timer(self.seconds, phase)
 
     def count(
         self, pieces: list[Piece], works: list[Work], samples: list[Sample], verdicts: list[Verdict], experts: Tensor,
@@ -67,8 +73,8 @@ class Stats:
         self.steps += 1
         self.computed += experts.shape[1]
         present = touched(experts, [len(piece.tokens) for piece in pieces], num_experts)
-        self.experts += np.count_nonzero(present.any(1))
-        each = (np.count_nonzero(present, axis=(0, 2)) / max(1, len(present))).tolist()
+        self.experts += int(np.count_nonzero(present.any(0)))
+        each = (present.reshape(len(pieces), -1).sum(1) / max(1, present.shape[1])).tolist()
         for piece, work, sample, verdict, number in zip(pieces, works, samples, verdicts, each, strict=True):
             self.chunks += not work.samples
             self.tokens += len(verdict.tokens)
@@ -110,10 +116,10 @@ def add_places(counts: list[int], number: int) -> None:
 
 
 def touched(experts: Tensor, lengths: list[int], num_experts: int) -> np.ndarray:
-    """Which experts each sequence of a step chose, bool (L, S, E), given experts (L, N, K) and tokens by sequence."""
+    """Which experts each sequence of a step chose, bool (S, L, E), given experts (L, N, K) and tokens by sequence."""
     chosen = experts.cpu().numpy()
     layers, sequences = len(chosen), len(lengths)
-    present = np.zeros(layers * sequences * num_experts, np.bool_)
-    place = np.arange(layers)[:, None] * sequences + np.repeat(np.arange(sequences), lengths)
-    present[place[:, :, None] * num_experts + chosen] = True
-    return present.reshape(layers, sequences, num_experts)
+    present = np.zeros((sequences, layers, num_experts), np.bool_)
+    owner, layer = np.arange(sequences).repeat(lengths), np.arange(layers)
+    present[owner[None, :, None], layer[:, None, None], chosen] = True
+    return present

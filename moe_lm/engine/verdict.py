@@ -52,7 +52,7 @@ def judge(
             rows += sample.rows(draft.tokens)
             chosen += range(end - len(draft.tokens) - 1, end)
             sampling.append(draft)
-    if len(chosen) < len(logits):
+    if len(chosen) < logits.shape[0]:
         logits = logits[chosen]
     ready = usable(logits) if rows else []
     found, first, verdicts = iter(verify(cleared(logits, ready), sampling, rows)), 0, []

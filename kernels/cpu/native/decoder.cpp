@@ -6,13 +6,14 @@
 #include <cstring>
 #include <numeric>
 #include <vector>
-#include <vector>
 
 #include "attention.h"
 #include "attention_amx.h"
+#include "check.h"
 #include "gemm.h"
 #include "interface.h"
 #include "routing.h"
+#include "sampling.h"
 #include "team.h"
 
 namespace {
@@ -294,25 +295,6 @@ void with_forward(const Model& m, const Step& step, Visit&& visit) {
   return m.half_cache ? with(Fma<bfloat16>{}, bfloat16{}) : with(Fma<bfloat16>{}, float{});
 }
 
-// Which argument points outside of what it indexes; 0 if none.
-int refused(const Model& m, const Step& s) {
-  auto outside = [](const int64_t* values, int64_t count, int64_t low, int64_t high) {
-    return std::any_of(values, values + count, [=](int64_t v) { return v < low || v >= high; });
-  };
-  if (outside(s.tokens, s.tokens_count, 0, m.vocabulary)) return 1;
-  if (outside(s.slots, s.tokens_count, INT64_MIN, s.pages * s.page_size)) return 2;
-  if (s.rows_count > s.tokens_count || outside(s.rows, s.rows_count, 0, s.tokens_count)) return 3;
-  if (s.query_offsets[0] != 0 || s.query_offsets[s.sequences] != s.tokens_count) return 4;
-  for (int64_t i = 0; i < s.sequences; i++) {
-    int64_t brought = s.query_offsets[i + 1] - s.query_offsets[i];
-    if (brought < 0) return 4;
-    if (s.lengths[i] < brought || s.lengths[i] > s.table_width * s.page_size) return 5;
-    int64_t pages = brought ? (s.lengths[i] + s.page_size - 1) / s.page_size : 0;
-    if (outside(s.page_table + i * s.table_width, pages, 0, s.pages)) return 6;
-  }
-  return 0;
-}
-
 }  // namespace
 
 extern "C" int moe_lm_has_tiles() {
@@ -342,17 +324,6 @@ void run_step(const Model& m, const Step& step) {
   });
 }
 
-// The lowest of the largest logits' indices; -1 where there is a NaN or nothing but -inf.
-int64_t likeliest(const float* logits, int64_t count) {
-  int64_t best = -1;
-  float largest = -INFINITY;
-  for (int64_t i = 0; i < count; i++) {
-    if (std::isnan(logits[i])) return -1;
-    if (logits[i] > largest) largest = logits[i], best = i;
-  }
-  return best;
-}
-
 }  // namespace
 
 extern "C" int moe_lm_forward(const Model* m, const Step* step) {
@@ -361,41 +332,47 @@ extern "C" int moe_lm_forward(const Model* m, const Step* step) {
   return 0;
 }
 
-// The step, then one more for each further token: every sequence that wants more brings its likeliest one.
-extern "C" int moe_lm_guess(const Model* m, const Step* first, const Guess* guess) {
-  if (int reason = refused(*m, *first)) return reason;
-  run_step(*m, *first);
-  const int64_t half = m->head_dim / 2, W = first->table_width, P = first->page_size;
-  std::vector<int64_t> active(first->sequences), lengths(first->lengths, first->lengths + first->sequences);
+// A step, then one more for each further token: every sequence that wants more brings the one that it has got.
+extern "C" int moe_lm_guess(const Model* m, const Step* shared, const Guess* guess) {
+  const int64_t half = m->head_dim / 2, W = shared->table_width, P = shared->page_size, V = m->vocabulary;
+  std::vector<int64_t> active(shared->sequences), ends(guess->starts, guess->starts + shared->sequences);
   std::iota(active.begin(), active.end(), 0);
-  std::fill(guess->tokens, guess->tokens + first->sequences * guess->width, -1);
-  for (int64_t place = 0;; place++) {
-    std::vector<int64_t> tokens, slots, table, rows, going, new_lengths;
+  std::fill(guess->found, guess->found + shared->sequences * guess->width, -1);
+  for (int64_t place = 0; !active.empty(); place++) {
+    std::vector<int64_t> tokens, slots, table, offsets{0}, lengths, rows, going;
     std::vector<float> cos, sin;
-    for (size_t i = 0; i < active.size(); i++) {
-      const int64_t s = active[i], token = likeliest(first->logits + i * m->vocabulary, m->vocabulary);
-      guess->tokens[s * guess->width + place] = token;
-      if (token < 0 || place + 1 >= guess->counts[s]) continue;
-      const int64_t position = lengths[i];
-      going.push_back(s);
-      tokens.push_back(token);
-      slots.push_back(first->page_table[s * W + position / P] * P + position % P);
-      table.insert(table.end(), first->page_table + s * W, first->page_table + (s + 1) * W);
-      cos.insert(cos.end(), guess->cos_table + position * half, guess->cos_table + (position + 1) * half);
-      sin.insert(sin.end(), guess->sin_table + position * half, guess->sin_table + (position + 1) * half);
-      rows.push_back(rows.size());
-      new_lengths.push_back(position + 1);
+    for (int64_t s : active) {
+      const int64_t* pages = shared->page_table + s * W;
+      const int64_t* from = place ? guess->found + s * guess->width + place - 1 : guess->tokens + guess->offsets[s];
+      tokens.insert(tokens.end(), from, from + (place ? 1 : guess->offsets[s + 1] - guess->offsets[s]));
+      for (size_t i = offsets.back(); i < tokens.size(); i++) {
+        const int64_t position = ends[s]++;
+        if (position / P >= W) return 5;
+        slots.push_back(pages[position / P] * P + position % P);
+        cos.insert(cos.end(), guess->cos_table + position * half, guess->cos_table + (position + 1) * half);
+        sin.insert(sin.end(), guess->sin_table + position * half, guess->sin_table + (position + 1) * half);
+      }
+      table.insert(table.end(), pages, pages + W);
+      offsets.push_back(tokens.size());
+      rows.push_back(tokens.size() - 1);
+      lengths.push_back(ends[s]);
     }
-    if (going.empty()) return 0;
-    active = going;
-    lengths = new_lengths;
-    std::vector<int64_t> offsets(going.size() + 1);
-    std::iota(offsets.begin(), offsets.end(), 0);
-    Step step = *first;
-    step.tokens_count = step.sequences = step.rows_count = going.size();
+    Step step = *shared;
+    step.tokens_count = tokens.size(), step.sequences = step.rows_count = active.size();
     step.tokens = tokens.data(), step.slots = slots.data(), step.page_table = table.data(), step.rows = rows.data();
     step.query_offsets = offsets.data(), step.lengths = lengths.data(), step.cos = cos.data(), step.sin = sin.data();
     if (int reason = refused(*m, step)) return reason;
     run_step(*m, step);
+#pragma omp parallel for num_threads(shared->threads) if (active.size() > 1)
+    for (size_t i = 0; i < active.size(); i++) {
+      const int64_t s = active[i], at = s * guess->width + place;
+      const float *logits = shared->logits + i * V, temperature = guess->temperatures[s];
+      guess->found[at] = temperature ? draw(logits, V, temperature, guess->uniforms[at], guess->laws + at * V)
+                                     : likeliest(logits, V);
+    }
+    for (int64_t s : active)
+      if (guess->found[s * guess->width + place] >= 0 && place + 1 < guess->counts[s]) going.push_back(s);
+    active = going;
   }
+  return 0;
 }

@@ -60,8 +60,13 @@ struct Fma {
   // Up to four rows by four columns of a tile; those beyond the edge repeat the last one.
   static INLINE void corner(const Block<W>& block, int64_t row, const float* panel, int64_t column, int64_t columns,
                             int64_t K, float* tile) {
-    if (columns - column >= 4) return corner_of<4>(block, row, panel, column, K, tile);
-    for (; column < columns; column++) corner_of<1>(block, row, panel, column, K, tile);
+    // One pass over the weights whatever the number: column by column, three tokens of nano took a fifth longer.
+    switch (columns - column) {
+      case 1: return corner_of<1>(block, row, panel, column, K, tile);
+      case 2: return corner_of<2>(block, row, panel, column, K, tile);
+      case 3: return corner_of<3>(block, row, panel, column, K, tile);
+      default: return corner_of<4>(block, row, panel, column, K, tile);
+    }
   }
 
   template <int COLUMNS>
@@ -71,9 +76,15 @@ struct Fma {
     for (int i = 0; i < 4; i++) w[i] = block.start + (row + i < block.rows ? row + i : block.rows - 1) * K;
     const float* x = panel + column * padded(K);
     Floats total[4][COLUMNS] = {};
+    // What this thread reads next, fetched by the first columns: four rows side by side are four streams of one page,
+    // hard to foresee for the processor. Steps of 1 to 8 tokens of nano took 4 to 8% less (medians).
+    const W* next = row + 4 < block.rows ? w[0] + 4 * K : block.next;
+    const bool ahead = next && !column;
     int64_t k = 0;
     for (; k + LANES <= K; k += LANES) {
       Floats a[4];
+      if (ahead)
+        for (int i = 0; i < 4; i++) __builtin_prefetch(next + i * K + k);
       for (int i = 0; i < 4; i++) a[i] = load(w[i] + k);
       for (int j = 0; j < COLUMNS; j++) {
         Floats b = load(x + j * padded(K) + k);

@@ -34,10 +34,15 @@ struct Step {
   void* workspace;         // workspace_bytes of it
 };
 
-// Tokens to be guessed after a step whose wanted rows are the last ones of its sequences, in order.
+// Tokens to be guessed for sequences, each after what it has not read. Of the step that comes with it only the page
+// table, sizes, cache and room count, tokens_count being that of `tokens`.
 struct Guess {
-  int64_t width;                      // of `tokens`
-  const int64_t* counts;              // (S) how many each sequence wants, 1 .. width
-  const float *cos_table, *sin_table; // (positions, C / 2)
-  int64_t* tokens;                    // (S, width); -1 from where the logits have a NaN or no largest value
+  int64_t width;                       // of `found`
+  const int64_t *tokens, *offsets;     // (N) not read: sequence s has offsets[s] .. offsets[s + 1] of them
+  const int64_t *starts, *counts;      // (S) position of its first one, and how many it wants, 1 .. width
+  const float *cos_table, *sin_table;  // (positions, C / 2)
+  const float* temperatures;           // (S) that tokens are drawn at; 0 for the likeliest ones
+  const double* uniforms;              // (S, width) in [0, 1), for the tokens to draw
+  int64_t* found;                      // (S, width); -1 from where logits have a NaN or no finite largest value
+  float* laws;                         // (S, width, V) what tokens are drawn from; null if none are
 };
