@@ -88,6 +88,14 @@ def test_rows_that_are_not_scored_may_be_anything():
         assert torch.equal(zeros, nans)
 
 
+def test_the_host_waits_for_no_value():
+    """On meta tensors, which hold none, a value that the host wants is an error."""
+    x, weight = torch.empty(6, 8, device="meta"), torch.empty(11, 8, device="meta")
+    targets = torch.empty(6, dtype=torch.int64, device="meta")
+    FusedDistillation.apply(x.requires_grad_(), weight, x.detach(), weight, targets, 0.5)[0].backward()
+    assert x.grad.shape == x.shape
+
+
 class Largest(TorchDispatchMode):
     """The most float32 elements that any operation inside returned in a tensor with a vocabulary of columns."""
 

@@ -1,6 +1,6 @@
 """Plain decoding against speculative decoding at batch 1, side by side.
 
-    python -m moe_lm.bench.speculation MODEL --draft DRAFT [--prompt TEXT ...] [--repeats N] [--json]
+    python -m moe_lm.bench.speculation MODEL --draft DRAFT [--prompt TEXT ...] [--repeats N] [--dtype DTYPE] [--json]
 
 Each prompt is continued with and without the draft, turn by turn, so that a noisy machine slows both alike; the speeds
 are medians over prompts and repeats, the speed-up is the median of the pairs' ratios.
@@ -91,8 +91,11 @@ def as_table(rows: list[SpeculationRow]) -> str:
 
 
 def main(argv: list[str]) -> None:
+    import torch
+
     from kernels.cpu.process import tune_process
     from moe_lm import load, load_tokenizer
+    from moe_lm.bench.machine import fastest_dtype
     from moe_lm.cli import Parser
 
     parser = Parser(__doc__)
@@ -102,10 +105,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--draft-tokens", type=int, default=4, help="tokens per draft (default %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=96, help="tokens per continuation (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each prompt (default %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 where that is faster")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     tune_process()
-    model, draft, tokenizer = load(args.model), load(args.draft), load_tokenizer(args.model)
+    dtype = getattr(torch, args.dtype) if args.dtype else fastest_dtype(torch.device("cpu"))
+    model, draft = (load(each, dtype=dtype) for each in (args.model, args.draft))
+    tokenizer = load_tokenizer(args.model)
     rows = [
         compare(model, draft, tokenizer, tuple(args.prompt or PROMPTS), params, args.draft_tokens, args.repeats)
         for params in (SamplingParams(args.max_tokens, temperature=0), SamplingParams(args.max_tokens, temperature=0.7))

@@ -19,9 +19,10 @@ from moe_lm.train.run import TrainedModel
 
 
 def talk(run_dir: Path, config: RunConfig, trained: list[TrainedModel], command: str, say: Callable) -> None:
-    """Print samples and what the draft is worth, and write report.md and report.html into the run directory."""
+    """Print samples and what the draft is worth, both computed as in training, and write report.md and report.html into
+    the run directory."""
     device, tokenizer = trained[0].trainer.device, trained[0].tokenizer
-    model, *drafts = (load(each.run_dir, device=device) for each in trained)
+    model, *drafts = (load(each.run_dir, device=device, dtype=each.trainer.dtype) for each in trained)
     draft = drafts[0] if drafts else None
     sample = config.sample
     engine = Engine(
