@@ -83,12 +83,14 @@ def test_an_engine_gives_the_same_through_graphs(speculation, changes, monkeypat
             assert same(result, solo(model, prompt, own, native=False))
 
 
-def test_a_step_that_is_filled_up_leaves_the_cache_alone(monkeypatch):
-    """Spare tokens are written nowhere, and the graph reads what a step brings, not what it was captured with."""
+@pytest.mark.parametrize("rows", [None, 8])
+def test_a_step_that_is_filled_up_leaves_the_cache_alone(rows, monkeypatch):
+    """Spare tokens are written nowhere, and the graph reads what a step brings, not what it was captured with, also in
+    passes of 8 rows, which share one."""
     plain, graphed = (Runner(make_model(5), 8, 16, native=False) for _ in range(2))
     monkeypatch.setattr(runner, "to_host", lambda step: step)
     for each in (plain, graphed):
-        each.rows = None
+        each.rows = rows
         each.keys.fill_(9.0)
         each.values.fill_(9.0)
     graphed.graphs = Graphs(graphed.states, Recomputed())

@@ -173,7 +173,8 @@ class Runner:
                 if len(batch.rows)
                 else states.new_empty(0, self.model.config.vocab_size, dtype=torch.float32)
             )
-        return Step(logits, experts[:, :new])
+        # A copy: a graph's own memory is written again by the next pass.
+        return Step(logits, experts[:, :new].clone())
 
     def states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Normed states of every row before the projection (N, D), and `Step.experts` of all rows."""
