@@ -87,7 +87,7 @@ class Spec(NamedTuple):
     narrow_loads: int = 0
     """Loads that may be narrower: of indices in a main loop, of scalars in a stream."""
     narrow_stores: int = 0
-    """Stores that may be narrower: of one number a row, as the sum of an attention's weights, one in each branch."""
+    """Stores that may be narrower: of one number a row, as the sums of an attention's weights."""
     halves: bool = False
     """Whether a second loop computes a step in two halves, as the last round of tiles."""
 

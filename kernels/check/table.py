@@ -50,7 +50,7 @@ def attention(v: Values) -> Spec:
     int8 = v["k_pages"].dtype == torch.int8
     return Spec(
         "attention", 4 * M * N * C, 2 * N * C * v["k_pages"].itemsize, rows=M, width=8 if int8 else 16,
-        narrow_loads=4 if int8 else 1, narrow_stores=2,
+        narrow_loads=4 if int8 else 1, narrow_stores=1,
     )  # fmt: skip
 
 

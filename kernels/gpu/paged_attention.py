@@ -157,13 +157,6 @@ def attend_splits(
     offsets = row_offsets[:, None] * C + channels[None, :]
     first_head = (first_query + first + block_query) * (R * G) + g * R
     partial_head = first_head + (split.to(tl.int64) * n - first_query) * (R * G)
-    if begin >= stop:
-        # So that the merge need not look up which sequence a query is of: with 16 of them that is 5 loads, each waiting
-        # for the one before it.
-        if lse is not None:
-            tl.store(lse + partial_head + row_offsets, float("-inf"), mask=real)
-        return
-
     q_tile = tl.load(q + first_head * C + offsets, mask=inside, other=0.0)
     position = first_position + tl.minimum(block_query + rows // R, queries - 1)
 
@@ -210,7 +203,9 @@ def attend_splits(
 
     seen = total > 0
     total = tl.where(seen, total, 1.0)
-    tl.store(partial + partial_head * C + offsets, acc / total[:, None], mask=inside)
+    # Of a split that none of these rows sees, nothing but the sum 0 is written: the merge then need not look up which
+    # sequence a query is of, which with 16 of them is 5 loads, each waiting for the last.
+    tl.store(partial + partial_head * C + offsets, acc / total[:, None], mask=inside & (begin < stop))
     if lse is not None:
         tl.store(lse + partial_head + row_offsets, tl.where(seen, top + tl.log2(total), float("-inf")), mask=real)
 
