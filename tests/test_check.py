@@ -334,7 +334,7 @@ def test_nothing_chosen_is_said(monkeypatch):
     text, status = command.main(["--only", "one stage"])
     assert (status, "rms norm" in text, "mistake" in text) == (2, True, False)
     text, status = command.main(["--only", "no such name", "--self-test"])
-    assert (status, "rms norm" in text, "No mistake" in text) == (2, True, True)
+    assert (status, "rms norm" in text, "No mistake" in text, "one stage" in text) == (2, True, True, True)
 
 
 def elf(sections):

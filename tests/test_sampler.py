@@ -200,6 +200,7 @@ def test_draw_never_takes_the_impossible():
     assert draw(p, 0.25) == 3
     assert draw(p, 1 - 2**-53) == 3
     assert {draw(p * 1e-30, u / 100) for u in range(100)} == {1, 3}
+    assert [draw(p, 0.1), draw(p.flip(0), 0.9)] == [1, 3]
     for nothing in (torch.zeros(3), torch.full((3,), math.nan)):
         with pytest.raises(AssertionError, match="no token"):
             draw(nothing, 0.5)
