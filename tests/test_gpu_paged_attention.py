@@ -142,6 +142,18 @@ def test_sequences_without_queries(short_splits):
     assert run(batch._replace(q=batch.q[:0], query_offsets=torch.zeros_like(batch.query_offsets))).shape == (0, 2, 16)
 
 
+def test_a_nan_among_keys_spoils_its_own_sequence(short_splits):
+    """Whichever of three splits it is in."""
+    batch = make_batch([2, 1], [200, 70], 2, 1, 16, 16, torch.float32)
+    good = run(batch)
+    for position in (3, 100, 195):
+        k = batch.k_pages.clone()
+        k[batch.page_table[0, position // 16], position % 16] = float("nan")
+        out = run(batch._replace(k_pages=k))
+        assert out[:2].isnan().all(), position
+        assert torch.equal(out[2:], good[2:]), position
+
+
 def test_long_prefill_chunk():
     check(make_batch([200, 1], [230, 9], 2, 1, 16, 16, torch.bfloat16))
 

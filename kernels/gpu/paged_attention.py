@@ -201,11 +201,12 @@ def attend_splits(
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         top = new_top
 
-    seen = total > 0
+    # A NaN is not 0: rows that have one are stored, and the merge hands it on.
+    seen = total != 0
     total = tl.where(seen, total, 1.0)
-    # Of a split that none of these rows sees, nothing but the sum 0 is written: the merge then need not look up which
+    # Of a split that a row does not see, nothing but the sum 0 is written: the merge then need not look up which
     # sequence a query is of, which with 16 of them is 5 loads, each waiting for the last.
-    tl.store(partial + partial_head * C + offsets, acc / total[:, None], mask=inside & (begin < stop))
+    tl.store(partial + partial_head * C + offsets, acc / total[:, None], mask=inside & seen[:, None])
     if lse is not None:
         tl.store(lse + partial_head + row_offsets, tl.where(seen, top + tl.log2(total), float("-inf")), mask=real)
 
