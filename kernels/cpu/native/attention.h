@@ -140,7 +140,7 @@ struct LaneAttention {
     for (int64_t row = 0; row < rows; row++)
       for (int64_t c = 0; c < width; c += LANES) {
         float* to = out + (item.first + row / heads) * stride + (item.low + row % heads) * C + c;
-        store_first(to, Engine::round(load(value + row * width + c) / total[row]), C - c);
+        store_first(to, load(value + row * width + c) / total[row], C - c);
       }
   }
 };

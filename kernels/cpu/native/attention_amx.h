@@ -53,13 +53,11 @@ struct TileAttention {
     auto token = [&](int64_t row) { return item.first + row / heads; };
     auto last_row = [&](int64_t tile) { return std::min(rows, (tile + 1) * TILE) - 1; };
     for (int64_t tile = 0; tile < tiles; tile++)
-      for (int64_t c = 0; c < depth; c += LANES) {
-        Floats x[LANES] = {};
-        for (int64_t i = 0, row = tile * TILE; i < TILE && row < rows; i++, row++)
-          if (c < C)
-            x[i] = Amx::round(load_first(qkv + token(row) * qkv_row + (item.low + row % heads) * C + c, C - c));
-        Amx::put_rows(queries + tile * TILE * depth, depth, c, x);
-      }
+      Amx::put_rows(queries + tile * TILE * depth, depth, [&](int64_t i, int64_t c) {
+        const int64_t row = tile * TILE + i;
+        if (row >= rows || c >= C) return Floats{};
+        return load_first(qkv + token(row) * qkv_row + (item.low + row % heads) * C + c, C - c);
+      });
     std::fill(largest, largest + tiles * TILE, -INFINITY);
     std::fill(total, total + tiles * TILE, 0.0f);
     std::fill(value, value + tiles * width * TILE, 0.0f);
@@ -83,7 +81,7 @@ struct TileAttention {
       for (int64_t c = 0; c < width; c += LANES) {
         Floats x[LANES];
         for (int i = 0; i < LANES; i++)
-          x[i] = Amx::round(load(value + (tile * width + c + i) * TILE) / load(total + tile * TILE));
+          x[i] = load(value + (tile * width + c + i) * TILE) / load(total + tile * TILE);
         transpose(x);
         for (int64_t i = 0, row = tile * TILE; i < TILE && row < rows; i++, row++)
           store_first(out + token(row) * stride + (item.low + row % heads) * C + c, x[i], C - c);
@@ -174,9 +172,8 @@ struct TileAttention {
       for (int64_t j = 0; j < LANES && k + j < visible; j++) {
         p[j] = exponential(load(score + (k + j) * TILE) - top);
         sums += p[j];
-        p[j] = Amx::round(p[j]);
       }
-      Amx::put(probability, BLOCK, k, p);
+      for (int j = 0; j < LANES; j += Amx::CHANNELS) Amx::put(probability, BLOCK, k + j, p + j);
     }
     store(m, select(chosen, top, before));
     store(l, select(chosen, sums, load(l)));

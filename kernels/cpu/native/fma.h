@@ -33,19 +33,28 @@ struct Fma {
   static void begin() {}
   static void end() {}
 
-  // Channels k .. k + 15 of a panel from (16 channels, 16 rows).
+  static constexpr int64_t CHANNELS = 16;  // that `put` takes
+
+  // Channels k .. k + 15 of a panel from (16 channels, 16 rows), rounded. Changes x.
   static INLINE void put(float* panel, int64_t K, int64_t k, Floats (&x)[LANES]) {
     transpose(x);
-    for (int i = 0; i < TILE; i++) store(panel + i * padded(K) + k, x[i]);
+    for (int i = 0; i < TILE; i++) store(panel + i * padded(K) + k, round(x[i]));
   }
 
-  static INLINE void put_rows(float* panel, int64_t K, int64_t k, Floats (&x)[LANES]) {
-    for (int i = 0; i < TILE; i++) store(panel + i * padded(K) + k, x[i]);
+  // A panel from channels k .. k + 15 of row i, load(i, k), rounded.
+  template <class Load>
+  static INLINE void put_rows(float* panel, int64_t K, Load&& load) {
+    for (int i = 0; i < TILE; i++)
+      for (int64_t k = 0; k < padded(K); k += LANES) store(panel + i * padded(K) + k, round(load(i, k)));
   }
 
-  // Tiles (blocks, panels, 16, 16) of `blocks` blocks and `panels` panels whose last holds `last` rows.
+  static INLINE Floats quotient(Floats a, Floats b) { return a / b; }
+
+  // Tiles (blocks, panels, 16, 16) of `blocks` blocks and `panels` panels whose last holds `last` rows. Meanwhile
+  // some of the backlog may be done.
+  template <class Backlog>
   static void tiles(const Block<W>* block, int blocks, const float* panel, int panels, int64_t last, int64_t K,
-                    float* out, W*) {
+                    float* out, W*, Backlog&) {
     for (int b = 0; b < blocks; b++)
       for (int p = 0; p < panels; p++) {
         int64_t columns = p + 1 < panels ? TILE : last;

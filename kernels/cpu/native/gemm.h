@@ -11,9 +11,9 @@
 // What one thread works in.
 template <class Engine>
 struct Desk {
-  float* tiles;                     // MOST_BLOCKS * 2 tiles
+  float* tiles;                      // 2 * MOST_BLOCKS tiles
   typename Engine::Weight* scratch;  // Engine::scratch_size of the widest product
-  float* attention;                 // see attention.h
+  float* attention;                  // see attention.h
 };
 
 // weight (outputs, K), or (2 outputs, K) if gated, times n rows in panels.
@@ -33,7 +33,37 @@ struct Product {
 
 constexpr int64_t PANEL_BYTES = 1 << 20;  // of activations that stay in a core's L2 while weights pass by
 
-// Units low .. high - 1. Calls finish(unit, panel, tile, up), tiles being (16 outputs, 16 rows), `up` for gated ones.
+// Tiles that wait for what follows their product. An engine does it a part at a time between the products of the next
+// ones, which leave the vector units idle.
+template <class Finish>
+struct Backlog {
+  Finish& finish;
+  struct Item {
+    int64_t unit, panel;
+    float *tile, *up;
+  } items[MOST_BLOCKS];
+  int64_t parts = 0, done = 0;  // Finish::PARTS of each item
+
+  void add(const Item& item) {
+    items[parts / Finish::PARTS] = item;
+    parts += Finish::PARTS;
+  }
+
+  // Parts to do in each of so many steps.
+  int64_t share(int64_t steps) const { return (parts - done + steps - 1) / steps; }
+
+  INLINE void work(int64_t share) {
+    for (const int64_t end = std::min(parts, done + share); done < end; done++)
+      finish(items[done / Finish::PARTS], done % Finish::PARTS);
+  }
+
+  void empty() {
+    work(parts);
+    parts = done = 0;
+  }
+};
+
+// Units low .. high - 1. Calls finish(item, part) for each part of each (16 outputs, 16 rows), `up` for gated ones.
 template <class Engine, class Finish>
 void multiply(const Product<Engine>& product, int64_t low, int64_t high, const Desk<Engine>& desk, Finish&& finish) {
   using Weight = typename Engine::Weight;
@@ -42,6 +72,8 @@ void multiply(const Product<Engine>& product, int64_t low, int64_t high, const D
   const int64_t group = std::max<int64_t>(2, PANEL_BYTES / (panel_size * sizeof(*product.panels)) / 2 * 2);
   // Four blocks of weights against one panel, or two against two: that many tile registers there are.
   const int64_t most = (count == 1 ? MOST_BLOCKS : 2) / halves;
+  Backlog<std::remove_reference_t<Finish>> backlog{finish};
+  float *tiles = desk.tiles, *other_tiles = tiles + MOST_BLOCKS * TILE * TILE;
   for (int64_t first = 0; first < count; first += group)
     for (int64_t unit = low, units; unit < high; unit += units) {
       units = std::min(most, high - unit);
@@ -56,15 +88,18 @@ void multiply(const Product<Engine>& product, int64_t low, int64_t high, const D
       for (int64_t panel = first; panel < std::min(count, first + group); panel += 2) {
         int panels = panel + 1 < count ? 2 : 1;
         Engine::tiles(blocks, units * halves, product.panels + panel * panel_size, panels,
-                      product.columns(panel + panels - 1), K, desk.tiles, desk.scratch);
+                      product.columns(panel + panels - 1), K, tiles, desk.scratch, backlog);
+        backlog.empty();
         for (int p = 0; p < panels; p++)
           for (int i = 0; i < units; i++) {
-            float* tile = desk.tiles + (i * halves * panels + p) * TILE * TILE;
-            finish(unit + i, panel + p, tile, tile + panels * TILE * TILE);
+            float* tile = tiles + (i * halves * panels + p) * TILE * TILE;
+            backlog.add({unit + i, panel + p, tile, tile + panels * TILE * TILE});
           }
+        std::swap(tiles, other_tiles);
         for (auto& block : blocks) block.next = nullptr;
       }
     }
+  backlog.empty();
 }
 
 // Stores a tile as `columns` rows of `out` (.., stride), or adds it to them.
@@ -83,40 +118,61 @@ INLINE void put_tile(const float* tile, int64_t rows, int64_t columns, float* ou
 
 // Product into float32 rows (n, stride), stored or added.
 template <bool ADD, class Engine>
+struct PutRows {
+  static constexpr int64_t PARTS = 1;
+  const Product<Engine>& product;
+  float* out;
+  const int64_t stride;
+
+  template <class Item>
+  INLINE void operator()(const Item& at, int64_t) const {
+    put_tile<ADD>(at.tile, product.rows(at.unit), product.columns(at.panel),
+                  out + at.panel * TILE * stride + at.unit * TILE, stride);
+  }
+};
+
+// silu(gate) * up (Shazeer 2020), into panels of `outputs` channels.
+template <class Engine>
+struct PutSwiglu {
+  static constexpr int64_t PARTS = TILE / Engine::CHANNELS;
+  const Product<Engine>& product;
+  typename Engine::Activation* panels;
+
+  template <class Item>
+  INLINE void operator()(const Item& at, int64_t part) const {
+    const int64_t F = product.outputs, first = part * Engine::CHANNELS, rows = product.rows(at.unit) - first;
+    typename Engine::Activation* panel = panels + at.panel * Engine::panel_size(F);
+    Floats x[Engine::CHANNELS] = {};
+    for (int i = 0; i < Engine::CHANNELS && i < rows; i++) {
+      Floats g = load(at.tile + (first + i) * TILE);
+      x[i] = Engine::quotient(g, 1.0f + exponential(-g)) * load(at.up + (first + i) * TILE);
+    }
+    Engine::put(panel, F, at.unit * TILE + first, x);
+    // The zeros that fill the last tile's depth.
+    for (int64_t k = (at.unit + 1) * TILE + first; at.unit + 1 == product.units() && k < Engine::padded(F); k += TILE) {
+      Floats none[Engine::CHANNELS] = {};
+      Engine::put(panel, F, k, none);
+    }
+  }
+};
+
+template <bool ADD, class Engine>
 void multiply_rows(const Product<Engine>& product, int64_t low, int64_t high, const Desk<Engine>& desk, float* out,
                    int64_t stride) {
-  multiply(product, low, high, desk, [&](int64_t unit, int64_t panel, float* tile, float*) {
-    put_tile<ADD>(tile, product.rows(unit), product.columns(panel), out + panel * TILE * stride + unit * TILE, stride);
-  });
+  multiply(product, low, high, desk, PutRows<ADD, Engine>{product, out, stride});
 }
 
-// Gated product, silu(gate) * up (Shazeer 2020), into panels of `outputs` channels.
 template <class Engine>
 void multiply_swiglu(const Product<Engine>& product, int64_t low, int64_t high, const Desk<Engine>& desk,
                      typename Engine::Activation* out) {
-  const int64_t F = product.outputs, size = Engine::panel_size(F);
-  multiply(product, low, high, desk, [&](int64_t unit, int64_t panel, float* gate, float* up) {
-    Floats x[LANES] = {};
-    for (int i = 0; i < product.rows(unit); i++) {
-      Floats g = load(gate + i * TILE);
-      x[i] = Engine::round(g / (1.0f + exponential(-g)) * load(up + i * TILE));
-    }
-    Engine::put(out + panel * size, F, unit * TILE, x);
-    // The zeros that fill the last tile's depth.
-    for (int64_t k = (unit + 1) * TILE; unit + 1 == product.units() && k < Engine::padded(F); k += LANES) {
-      Floats none[LANES] = {};
-      Engine::put(out + panel * size, F, k, none);
-    }
-  });
+  multiply(product, low, high, desk, PutSwiglu<Engine>{product, out});
 }
 
 // Panel of n <= 16 rows of `rows` (.., stride), of which the padded channels are 0: rows[index[i]], or rows[i].
 template <class Engine>
 void pack(typename Engine::Activation* panel, int64_t K, const float* rows, int64_t stride, const int64_t* index,
           int64_t n) {
-  for (int64_t k = 0; k < Engine::padded(K); k += LANES) {
-    Floats x[LANES] = {};
-    for (int64_t i = 0; i < n; i++) x[i] = load(rows + (index ? index[i] : i) * stride + k);
-    Engine::put_rows(panel, K, k, x);
-  }
+  Engine::put_rows(panel, K, [&](int64_t i, int64_t k) {
+    return i < n ? load(rows + (index ? index[i] : i) * stride + k) : Floats{};
+  });
 }

@@ -75,7 +75,7 @@ INLINE Floats fma(Floats a, Floats b, Floats c) {
 #endif
 }
 
-INLINE Floats select(Ints mask, Floats yes, Floats no) { return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no)); }
+INLINE Floats select(Ints mask, Floats yes, Floats no) { return mask ? yes : no; }
 
 INLINE bool equal(Floats x, Floats y) {
 #if defined(MOE_LM_AVX512)
@@ -116,7 +116,7 @@ INLINE float maximum(Floats x) {
 #endif
 }
 
-// The smaller and the larger of a limit and x; NaN where x is.
+// The smaller of a limit and x; NaN where x is.
 INLINE Floats at_most(float limit, Floats x) {
 #if defined(MOE_LM_AVX512)
   return (Floats)_mm512_min_ps((__m512)splat(limit), (__m512)x);
@@ -125,19 +125,11 @@ INLINE Floats at_most(float limit, Floats x) {
 #endif
 }
 
-INLINE Floats at_least(float limit, Floats x) {
-#if defined(MOE_LM_AVX512)
-  return (Floats)_mm512_max_ps((__m512)splat(limit), (__m512)x);
-#else
-  return select(x < splat(limit), splat(limit), x);
-#endif
-}
-
 // e^x to a unit in the last place: 2^n by exponent bits times a polynomial on half a turn of log 2 (Cephes expf).
 // 0 below -87, e^88 above 88, 1 exactly at 0, NaN at NaN.
 INLINE Floats exponential(Floats x) {
   const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  Floats bounded = at_least(-87.0f, at_most(88.0f, x));
+  Floats bounded = at_most(88.0f, x);
   Floats shifted = fma(bounded, splat(1.44269504f), magic);
   Floats n = shifted - magic;
   Floats r = fma(n, splat(-0.693359375f), bounded);
@@ -146,8 +138,13 @@ INLINE Floats exponential(Floats x) {
   for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
     p = fma(p, r, splat(c));
   p = fma(p, r * r, r) + 1.0f;
+#if defined(MOE_LM_AVX512)
+  __mmask16 not_below = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(-87.0f), _CMP_NLT_UQ);
+  return (Floats)_mm512_maskz_scalef_ps(not_below, (__m512)p, (__m512)n);
+#else
   Floats power = (Floats)((((Ints)shifted - (Ints)magic) + 127) << 23);
   return select(x < splat(-87.0f), Floats{}, p * power);
+#endif
 }
 
 // The nearest bfloat16 values, ties to even, as float32.
