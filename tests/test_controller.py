@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from moe_lm.engine.controller import SHORTEST_PAUSE, WINDOW, Controller, StepCosts
+from moe_lm.engine.controller import PATIENCE, SHORTEST_PAUSE, WINDOW, Controller, StepCosts
 
 COSTS = {
     "free": lambda batch, tokens: 1.0,
@@ -140,10 +140,45 @@ def test_a_first_step_that_compiles_does_not_count():
     assert costs.estimate(2, 4) == 1.5
     assert costs.estimate(2, 3) == 1.25
     assert costs.estimate(2, 5) is None
-    assert costs.estimate(3, 4) is None
+    assert costs.estimate(5, 10) is None
     for _ in range(WINDOW):
         costs.record(2, 4, 3.0)
     assert costs.estimate(2, 4) == 3.0
+
+
+def test_the_nearest_batch_stands_in_for_one_not_measured():
+    costs = StepCosts()
+    for batch, ratio in ((4, 1.5), (16, 3.0)):
+        for _ in range(4):
+            costs.record(batch, batch, batch / 4)
+            costs.record(batch, 4 * batch, ratio * batch / 4)
+            costs.record_draft(batch, 3, ratio * batch / 40)
+    assert [costs.plain(batch) for batch in (1, 2, 5, 6, 7, 9, 33)] == [None, 1.0, 1.0, 1.0, 1.0, 4.0, None]
+    assert [costs.estimate(batch, 4 * batch) for batch in (1, 2, 6, 9)] == [None, 1.5, 1.5, 12.0]
+    assert [costs.estimate_draft(batch, 3) for batch in (1, 2, 9)] == [None, 0.15, 1.2]
+    assert not costs.measured(6)
+    for _ in range(2):
+        costs.record(6, 6, 1.25)
+    assert costs.plain(6) == 1.25
+    assert costs.estimate(6, 24) == 1.25 * 1.5, "the ratio is still another's"
+    for _ in range(2):
+        costs.record(6, 24, 2.5)
+    assert costs.estimate(6, 24) == 2.5
+    assert costs.estimate(5, 20) == 2.5, "5 is nearer to 6 than to 4, as 5/4 is more than 6/5"
+
+
+def test_guessing_goes_on_when_a_request_ends():
+    """A new batch size costs no plain steps at first; stayed at, it is measured."""
+    machine = Machine(COSTS["free"], 8).run(100, 0.9)
+    assert any(machine.chosen[-1])
+    del machine.sequences[5:]
+    machine.batch, machine.chosen = 5, []
+    machine.run(PATIENCE, 0.9)
+    assert all(any(step) for step in machine.chosen)
+    assert not machine.controller.costs.measured(5)
+    machine.run(10, 0.9)
+    assert machine.controller.costs.measured(5)
+    assert any(machine.chosen[-1])
 
 
 def test_what_verifying_takes_is_kept_beside_plain_steps():

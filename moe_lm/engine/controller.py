@@ -45,6 +45,11 @@ HOLD = 4
 """Steps of the same sequences for which a choice holds: choosing for 16 sequences takes 0.3 ms."""
 LONGEST_HOLD = 32
 """The same where the choice is to guess nothing."""
+NEAR = 2.0
+"""How many times larger or smaller a batch may be that stands in for one not measured yet: requests end one by one, and
+with each the batch is a new one."""
+PATIENCE = 8
+"""Steps of a batch that may go by what another one showed before its own plain steps are measured."""
 EDGES = [*range(1, 9), *(edge << shift for shift in range(10) for edge in (10, 12, 14, 16))]
 """Sizes of steps: exact to 8, then four to each doubling."""
 
@@ -88,6 +93,11 @@ def bucket(number: int) -> int:
     return EDGES[min(bisect_left(EDGES, number), len(EDGES) - 1)]
 
 
+def alike(batch: int, tokens: int, other: int) -> int:
+    """The size of a step of `other` sequences that has as many tokens for each as `tokens` are for `batch`."""
+    return bucket(round(tokens * other / batch))
+
+
 class Medians:
     """Medians of the last values of each size."""
 
@@ -117,42 +127,69 @@ class StepCosts:
     """Measured seconds of steps, by sequences in the step and by new tokens, both in buckets; and of drafting.
 
     What is not a plain step is kept as multiples of what plain steps took then: a shared machine is now faster, now
-    slower, and what a probe found is compared with plain steps of much later.
+    slower, and what a probe found is compared with plain steps of much later. For a batch not measured yet the nearest
+    one stands in, with as many tokens per sequence.
     """
 
     def __init__(self):
         self.plain_steps, self.verifying, self.drafting = Medians(), defaultdict(Medians), defaultdict(Medians)
+        self.unmeasured: dict[int, int] = defaultdict(int)
+        """Steps that guessed in a batch whose plain steps are not known."""
+        self.nearest: dict[int, list[int]] = {}
+        """What `near` found."""
+
+    def near(self, batch: int) -> list[int]:
+        """Batches whose plain steps are known and that may stand in for this one, nearest first."""
+        own = bucket(batch)
+        if own not in self.nearest:
+            distance = {each: max(each, own) / min(each, own) for each in self.plain_steps.known}
+            self.nearest[own] = sorted((each for each in distance if distance[each] <= NEAR), key=distance.get)
+        return self.nearest[own]
+
+    def measured(self, batch: int) -> bool:
+        """Whether plain steps of this very batch are known."""
+        return bucket(batch) in self.plain_steps.known
 
     def plain(self, batch: int) -> float | None:
         """Seconds of a step in which each of `batch` sequences brings one token; None while not known."""
-        return self.plain_steps.known.get(bucket(batch))
+        near = self.near(batch)
+        return self.plain_steps.known[near[0]] if near else None
 
     def record(self, batch: int, tokens: int, seconds: float) -> None:
-        batch, tokens = bucket(batch), bucket(tokens)
+        own, was_measured = bucket(batch), self.measured(batch)
+        size = alike(batch, tokens, own)
         if tokens == batch:
-            self.plain_steps.record(batch, seconds)
-            self.verifying[batch].known[batch] = 1.0
-        elif plain := self.plain(batch):
-            self.verifying[batch].record(tokens, seconds / plain)
+            self.plain_steps.record(own, seconds)
+            self.verifying[own].known[own] = 1.0
+            if not was_measured:
+                self.nearest.clear()
+        elif not was_measured:
+            self.unmeasured[own] += 1
+        elif size != own:
+            self.verifying[own].record(size, seconds / self.plain(batch))
 
     def record_draft(self, batch: int, length: int, seconds: float) -> None:
         """Drafting took so long, of which the longest draft had `length` tokens."""
-        if plain := self.plain(batch):
-            self.drafting[bucket(batch)].record(length, seconds / plain)
+        if self.measured(batch):
+            self.drafting[bucket(batch)].record(length, seconds / self.plain(batch))
 
     def estimate(self, batch: int, tokens: int) -> float | None:
         """Seconds of a step: measured, or between a smaller and a larger measured one; None where neither is known."""
-        plain, times = self.plain(batch), self.verifying[bucket(batch)].at(bucket(tokens))
-        return None if plain is None or times is None else plain * times
+        for each in self.near(batch):
+            times = self.verifying[each].at(alike(batch, tokens, each))
+            if times is not None:
+                return self.plain(batch) * times
+        return None
 
     def estimate_draft(self, batch: int, length: int) -> float | None:
         """Seconds of drafting: as `estimate`, but not below what the shortest known took, whose first token costs
         several times what the next ones do, and at a constant rate beyond the longest."""
-        plain, medians = self.plain(batch), self.drafting[bucket(batch)]
-        if plain is None or not medians.known:
-            return None
-        longest = max(medians.known)
-        return plain * medians.at(min(length, longest)) * max(1, length / longest)
+        for each in self.near(batch):
+            medians = self.drafting[each]
+            if medians.known:
+                longest = max(medians.known)
+                return self.plain(batch) * medians.at(min(length, longest)) * max(1, length / longest)
+        return None
 
 
 @dataclass
@@ -250,7 +287,7 @@ class Controller:
         if best.k:
             self.pause = SHORTEST_PAUSE
         self.waited += 1
-        probe = self.probe(plans, best, plain)
+        probe = self.probe(plans, best, plain, count + others)
         if probe is None:
             # Where nothing is guessed nothing is learned, so there is nothing new to decide before a probe is due.
             learned = len(known) == len(plans) and not best.k
@@ -289,8 +326,10 @@ class Controller:
             plans.append(Plan(k, lengths, tokens, seconds + drafting if known else None))
         return plans
 
-    def probe(self, plans: list[Plan], best: Plan, plain: float) -> Plan | None:
+    def probe(self, plans: list[Plan], best: Plan, plain: float, batch: int) -> Plan | None:
         """Another plan than the best known one, if it is time to learn and there is time to lose."""
+        if self.costs.unmeasured[bucket(batch)] >= PATIENCE and not self.costs.measured(batch):
+            return plans[0]
         left = (LOSS * self.total + ALLOWANCE * plain - self.lost) / PROBE
         # At worst nothing stands, and a token costs as much as another sequence would.
         others = [plan for plan in plans if plan.k != best.k and (plan.seconds or plain * (1 + plan.k)) - plain <= left]
