@@ -17,13 +17,14 @@ COSTS = {
 
 
 class Machine:
-    """Steps of `batch` sequences. `relative` is the time taken over what plain steps take for the same tokens."""
+    """Steps of `batch` sequences, that take `pace` times their cost. `relative` is the time taken over what plain steps
+    take for the same tokens."""
 
     def __init__(self, cost: Callable, batch: int = 1, drafting: float = 0.02, seed: int = 0, k_max: int = 8):
         self.controller = Controller(k_max)
         self.sequences = [self.controller.sequence() for _ in range(batch)]
         self.cost, self.batch, self.drafting, self.random = cost, batch, drafting, random.Random(seed)
-        self.seconds = self.tokens = 0.0
+        self.pace, self.seconds, self.plain_seconds = 1.0, 0.0, 0.0
         self.chosen: list[list[int]] = []
 
     def run(self, steps: int, *rates: float) -> "Machine":
@@ -36,19 +37,19 @@ class Machine:
                 while count < length and self.random.random() < rates[i % len(rates)]:
                     count += 1
                 accepted.append(count)
-            drafting = self.drafting * max(lengths)
-            step = self.cost(self.batch, self.batch + sum(lengths))
+            drafting = self.drafting * max(lengths) * self.pace
+            step = self.cost(self.batch, self.batch + sum(lengths)) * self.pace
             self.seconds += step + drafting
+            self.plain_seconds += self.cost(self.batch, self.batch) * self.pace * (1 + sum(accepted) / self.batch)
             # What is measured is disturbed: always a little, and now and then something else has the machine.
             step *= self.random.uniform(0.95, 1.05) * (5 if self.random.random() < 0.01 else 1)
             self.controller.record(self.sequences, lengths, accepted, step + drafting, drafting)
-            self.tokens += self.batch + sum(accepted)
             self.chosen.append(lengths)
         return self
 
     @property
     def relative(self) -> float:
-        return self.seconds / (self.cost(self.batch, self.batch) * self.tokens / self.batch)
+        return self.seconds / self.plain_seconds
 
     def usual(self, last: int = 200) -> float:
         """The draft length of most steps of late: the median over steps and sequences."""
@@ -135,36 +136,41 @@ def test_a_first_step_that_compiles_does_not_count():
     costs.record(2, 2, 1.0)
     assert costs.plain(2) == 1.0
     costs.record(2, 4, 1000.0)
-    assert costs.estimate(2, 4) is None
+    assert costs.times(2, 4) is None
     costs.record(2, 4, 1.5)
-    assert costs.estimate(2, 4) == 1.5
-    assert costs.estimate(2, 3) == 1.25
-    assert costs.estimate(2, 5) is None
-    assert costs.estimate(5, 10) is None
+    assert costs.times(2, 4) == 1.5
+    assert costs.times(2, 3) == 1.25
+    assert costs.times(2, 5) is None
+    assert costs.times(5, 10) is None
     for _ in range(WINDOW):
+        costs.record(2, 2, 1.0)
         costs.record(2, 4, 3.0)
-    assert costs.estimate(2, 4) == 3.0
+    assert costs.times(2, 4) == 3.0
 
 
 def test_the_nearest_batch_stands_in_for_one_not_measured():
     costs = StepCosts()
-    for batch, ratio in ((4, 1.5), (16, 3.0)):
-        for _ in range(4):
-            costs.record(batch, batch, batch / 4)
-            costs.record(batch, 4 * batch, ratio * batch / 4)
-            costs.record_draft(batch, 3, ratio * batch / 40)
+
+    def measure(batch: int, plain: float, ratio: float) -> None:
+        for _ in range(2):
+            costs.record(batch, batch, plain)
+        for _ in range(2):
+            costs.record(batch, 4 * batch, plain * ratio)
+            costs.record_draft(batch, 3, plain * ratio / 10)
+
+    measure(4, 1.0, 1.5)
+    measure(16, 4.0, 3.0)
     assert [costs.plain(batch) for batch in (1, 2, 5, 6, 7, 9, 33)] == [None, 1.0, 1.0, 1.0, 1.0, 4.0, None]
-    assert [costs.estimate(batch, 4 * batch) for batch in (1, 2, 6, 9)] == [None, 1.5, 1.5, 12.0]
-    assert [costs.estimate_draft(batch, 3) for batch in (1, 2, 9)] == [None, 0.15, 1.2]
+    assert [costs.times(batch, 4 * batch) for batch in (1, 2, 6, 9)] == [None, 1.5, 1.5, 3.0]
+    assert [costs.draft_times(batch, 3) for batch in (1, 2, 9)] == pytest.approx([None, 0.15, 0.3])
     assert not costs.measured(6)
     for _ in range(2):
         costs.record(6, 6, 1.25)
     assert costs.plain(6) == 1.25
-    assert costs.estimate(6, 24) == 1.25 * 1.5, "the ratio is still another's"
-    for _ in range(2):
-        costs.record(6, 24, 2.5)
-    assert costs.estimate(6, 24) == 2.5
-    assert costs.estimate(5, 20) == 2.5, "5 is nearer to 6 than to 4, as 5/4 is more than 6/5"
+    assert costs.times(6, 24) == 1.5, "the ratio is still another's"
+    measure(6, 1.25, 2.0)
+    assert costs.times(6, 24) == 2.0
+    assert costs.times(5, 20) == 2.0, "5 is nearer to 6 than to 4, as 5/4 is more than 6/5"
 
 
 def test_guessing_goes_on_when_a_request_ends():
@@ -181,29 +187,49 @@ def test_guessing_goes_on_when_a_request_ends():
     assert any(machine.chosen[-1])
 
 
-def test_what_verifying_takes_is_kept_beside_plain_steps():
-    """A machine that turns twice as slow after a probe has not made guessing cheaper."""
+def test_what_steps_take_is_compared_with_steps_just_before():
+    """A machine that turns twice as slow while it guesses has not made guessing dearer."""
     costs = StepCosts()
+    for _ in range(2):
+        costs.record(1, 1, 1.0)
     for seconds in (1.0, 2.0):
-        for _ in range(WINDOW):
-            costs.record(1, 1, seconds)
-        if seconds == 1:
-            for _ in range(WINDOW):
-                costs.record(1, 4, 1.5)
-                costs.record_draft(1, 3, 0.5)
-        assert costs.estimate(1, 4) == 1.5 * seconds
-        assert costs.estimate_draft(1, 3) == 0.5 * seconds
+        for _ in range(4 * WINDOW):
+            costs.record(1, 4, 1.5 * seconds)
+            costs.record_draft(1, 3, 0.5 * seconds)
+        assert costs.slower() == (seconds == 2), "so that plain steps are due"
+        assert (costs.times(1, 4), costs.draft_times(1, 3)) == (1.5, 0.5)
+    for _ in range(2 * WINDOW):
+        costs.record(1, 1, 2.0)
+        costs.record(1, 4, 8.0)
+    assert costs.times(1, 4) == 4.0, "but what has become dearer beside plain steps is found out"
+    assert not costs.slower()
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_a_machine_that_is_now_faster_now_slower_is_used_as_well_as_a_steady_one(batch):
+    def cost(batch, tokens):
+        return 1 + 0.1 * (tokens - batch) / batch**0.5
+
+    source = random.Random(0)
+    steady, unsteady = (Machine(cost, batch, drafting=0.1) for _ in range(2))
+    for _ in range(25):
+        steps = source.randint(30, 200)
+        unsteady.pace = source.choice([1.0, 1.7])
+        steady.run(steps, 0.8)
+        unsteady.run(steps, 0.8)
+    assert steady.relative < 0.85
+    assert unsteady.relative < steady.relative + 0.04
 
 
 def test_the_first_drafted_token_may_cost_more_than_the_next():
     costs = StepCosts()
     for _ in range(2):
         costs.record(1, 1, 1.0)
-    assert costs.estimate_draft(1, 1) is None
+    assert costs.draft_times(1, 1) is None
     for length, seconds in ((2, 0.5), (4, 0.75)):
         for _ in range(2):
             costs.record_draft(1, length, seconds)
-    assert [costs.estimate_draft(1, length) for length in (1, 2, 3, 4, 8)] == [0.5, 0.5, 0.625, 0.75, 1.5]
+    assert [costs.draft_times(1, length) for length in (1, 2, 3, 4, 8)] == [0.5, 0.5, 0.625, 0.75, 1.5]
 
 
 def test_the_first_step_of_a_probe_is_not_measured():

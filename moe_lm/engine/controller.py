@@ -7,6 +7,7 @@ size take, and how often the guess at each place stands.
 
 from bisect import bisect_left
 from collections import defaultdict, deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul, neg
@@ -48,6 +49,10 @@ LONGEST_HOLD = 32
 NEAR = 2.0
 """How many times larger or smaller a batch may be that stands in for one not measured yet: requests end one by one, and
 with each the batch is a new one."""
+REACH = 8
+"""Steps over which the machine counts as equally fast: as far back goes what a step's time is compared with."""
+SLOWER = 1.3
+"""A step that takes so many times what it took when last compared may have become dearer, or the machine slower."""
 PATIENCE = 8
 """Steps of a batch that may go by what another one showed before its own plain steps are measured."""
 EDGES = [*range(1, 9), *(edge << shift for shift in range(10) for edge in (10, 12, 14, 16))]
@@ -98,6 +103,12 @@ def alike(batch: int, tokens: int, other: int) -> int:
     return bucket(round(tokens * other / batch))
 
 
+def median(values: Iterable[float]) -> float:
+    """The lower one of two in the middle."""
+    values = sorted(values)
+    return values[(len(values) - 1) // 2]
+
+
 class Medians:
     """Medians of the last values of each size."""
 
@@ -109,7 +120,7 @@ class Medians:
         values = self.values.setdefault(size, deque(maxlen=WINDOW))
         values.append(value)
         if len(values) >= ENOUGH:
-            self.known[size] = sorted(values)[(len(values) - 1) // 2]
+            self.known[size] = median(values)
 
     def at(self, size: int) -> float | None:
         """The median, on a line between sizes that are known, below the smallest of them what it has; None above."""
@@ -124,15 +135,19 @@ class Medians:
 
 
 class StepCosts:
-    """Measured seconds of steps, by sequences in the step and by new tokens, both in buckets; and of drafting.
+    """What steps take, by sequences in the step and by new tokens, both in buckets; and drafting.
 
-    What is not a plain step is kept as multiples of what plain steps took then: a shared machine is now faster, now
-    slower, and what a probe found is compared with plain steps of much later. For a batch not measured yet the nearest
-    one stands in, with as many tokens per sequence.
+    All but plain steps are kept as multiples of these, each found beside steps of another size just before: a shared
+    machine is now faster, now slower, and what a step takes says nothing beside a plain one of a minute ago. For a
+    batch not measured yet the nearest one stands in, with as many tokens per sequence.
     """
 
     def __init__(self):
         self.plain_steps, self.verifying, self.drafting = Medians(), defaultdict(Medians), defaultdict(Medians)
+        self.recent: deque[tuple[int, int, float]] = deque(maxlen=REACH)
+        """Batch, size and seconds of the last steps."""
+        self.compared: dict[tuple[int, int], float] = {}
+        """Seconds of the last step of a batch and size that was compared with others."""
         self.unmeasured: dict[int, int] = defaultdict(int)
         """Steps that guessed in a batch whose plain steps are not known."""
         self.nearest: dict[int, list[int]] = {}
@@ -155,40 +170,59 @@ class StepCosts:
         near = self.near(batch)
         return self.plain_steps.known[near[0]] if near else None
 
+    def unit(self, batch: int, size: int | None = None) -> float | None:
+        """Seconds that a plain step of `batch`, a bucket, takes now, by the last steps of other sizes than `size`."""
+        known = self.verifying[batch].known
+        found = [
+            seconds / known[other]
+            for each, other, seconds in self.recent
+            if each == batch and other != size and other in known
+        ]
+        return median(found) if found else None
+
     def record(self, batch: int, tokens: int, seconds: float) -> None:
         own, was_measured = bucket(batch), self.measured(batch)
         size = alike(batch, tokens, own)
         if tokens == batch:
             self.plain_steps.record(own, seconds)
-            self.verifying[own].known[own] = 1.0
+            if self.measured(batch):
+                self.verifying[own].known[own] = 1.0
             if not was_measured:
                 self.nearest.clear()
         elif not was_measured:
             self.unmeasured[own] += 1
-        elif size != own:
-            self.verifying[own].record(size, seconds / self.plain(batch))
+        elif size != own and (unit := self.unit(own, size)):
+            self.verifying[own].record(size, seconds / unit)
+            self.compared[own, size] = seconds
+        self.recent.append((own, size, seconds))
 
     def record_draft(self, batch: int, length: int, seconds: float) -> None:
-        """Drafting took so long, of which the longest draft had `length` tokens."""
-        if self.measured(batch):
-            self.drafting[bucket(batch)].record(length, seconds / self.plain(batch))
+        """Drafting took so long, of which the longest draft had `length` tokens. To be told after the step itself."""
+        if unit := self.unit(bucket(batch)):
+            self.drafting[bucket(batch)].record(length, seconds / unit)
 
-    def estimate(self, batch: int, tokens: int) -> float | None:
-        """Seconds of a step: measured, or between a smaller and a larger measured one; None where neither is known."""
+    def slower(self) -> bool:
+        """Whether the last steps, all of one size, took longer than when they were last compared with others."""
+        kinds = {(batch, size) for batch, size, _ in self.recent}
+        if len(kinds) != 1 or len(self.recent) < REACH or not (usual := self.compared.get(next(iter(kinds)))):
+            return False
+        return median([seconds for *_, seconds in self.recent]) > SLOWER * usual
+
+    def times(self, batch: int, tokens: int) -> float | None:
+        """How many plain steps' time a step takes: measured, or between a smaller and a larger measured one; None where
+        neither is known."""
         for each in self.near(batch):
-            times = self.verifying[each].at(alike(batch, tokens, each))
-            if times is not None:
-                return self.plain(batch) * times
+            if times := self.verifying[each].at(alike(batch, tokens, each)):
+                return times
         return None
 
-    def estimate_draft(self, batch: int, length: int) -> float | None:
-        """Seconds of drafting: as `estimate`, but not below what the shortest known took, whose first token costs
-        several times what the next ones do, and at a constant rate beyond the longest."""
+    def draft_times(self, batch: int, length: int) -> float | None:
+        """How many plain steps' time drafting takes: as `times`, but not below what the shortest known took, whose
+        first token costs several times what the next ones do, and at a constant rate beyond the longest."""
         for each in self.near(batch):
-            medians = self.drafting[each]
-            if medians.known:
-                longest = max(medians.known)
-                return self.plain(batch) * medians.at(min(length, longest)) * max(1, length / longest)
+            if known := self.drafting[each].known:
+                longest = max(known)
+                return self.drafting[each].at(min(length, longest)) * max(1, length / longest)
         return None
 
 
@@ -219,8 +253,12 @@ class Plan:
     lengths: list[int]
     tokens: float
     """Expected new tokens of these sequences."""
-    seconds: float | None
-    """Expected seconds, None where a step of that size is not known."""
+    times: float | None
+    """Expected time, in plain steps of the batch; None where a step of that size is not known."""
+
+    def rate(self) -> float:
+        """New tokens in the time of a plain step."""
+        return self.tokens / self.times
 
 
 class Controller:
@@ -236,8 +274,8 @@ class Controller:
         self.shared = Acceptance(k_max, forget=FORGET_SHARED)
         self.costs = StepCosts()
         self.lost = self.total = 0.0
-        """Seconds that speculation took beyond what plain steps take for the same tokens (below 0: what it gained,
-        up to BANK), and seconds of all steps."""
+        """Plain steps' worth of time that speculation took beyond what plain steps take for the same tokens (below 0:
+        what it gained, up to BANK), and that all steps took."""
         self.pause, self.waited, self.turn = SHORTEST_PAUSE, 0, 0
         self.held: tuple[list[Acceptance], int, list[int]] | None = None
         """Sequences, others and lengths of a choice that still holds, for `holds` more steps."""
@@ -269,25 +307,25 @@ class Controller:
 
     def decide(self, sequences: list[Acceptance], limits: list[int], others: int) -> list[int]:
         """`choose` with all limits at hand."""
-        count, plain = len(sequences), self.costs.plain(len(sequences) + others)
+        count, batch = len(sequences), len(sequences) + others
         if self.holds and self.held[:2] == (sequences, others):
             self.holds -= 1
             self.waited += 1
             return [min(length, limit) for length, limit in zip(self.held[2], limits, strict=True)]
         self.holds, self.expected, self.stood = 0, None, []
-        if plain is None or not any(limits):
+        if not self.costs.near(batch) or not any(limits):
             return [0] * count
         prior = self.shared.rates()
         rates = [each.rates(prior) for each in sequences]
-        plans = self.plans(rates, limits, others, plain)
-        known = [plan for plan in plans if plan.seconds is not None]
-        best = max(known, key=lambda plan: plan.tokens / plan.seconds)
-        if best.tokens / best.seconds < MARGIN * count / plain:
+        plans = self.plans(rates, limits, batch)
+        known = [plan for plan in plans if plan.times is not None]
+        best = max(known, key=Plan.rate)
+        if best.rate() < MARGIN * count:
             best = plans[0]
         if best.k:
             self.pause = SHORTEST_PAUSE
         self.waited += 1
-        probe = self.probe(plans, best, plain, count + others)
+        probe = self.probe(plans, best, batch)
         if probe is None:
             # Where nothing is guessed nothing is learned, so there is nothing new to decide before a probe is due.
             learned = len(known) == len(plans) and not best.k
@@ -301,39 +339,41 @@ class Controller:
         self.held, self.holds = (list(sequences), others, lengths), PROBE - 1
         return lengths
 
-    def plans(self, rates: list[list[float]], limits: list[int], others: int, plain: float) -> list[Plan]:
+    def plans(self, rates: list[list[float]], limits: list[int], batch: int) -> list[Plan]:
         """One plan for each draft length from 0 to the longest limit.
 
         A sequence stops short of the others where its next guess would bring less than plain steps do in that time.
         """
-        count, batch = len(rates), len(rates) + others
+        count = len(rates)
         survival = [list(accumulate(each, mul)) for each in rates]
-        longest = self.costs.estimate(batch, batch + count * self.k_max)
-        worth = (longest / plain - 1) / self.k_max if longest is not None else 0.0
+        longest = self.costs.times(batch, batch + count * self.k_max)
+        worth = (longest - 1) / self.k_max if longest is not None else 0.0
         # The chances fall from place to place, so those above `worth` come first.
         wanted = [
             min(most, bisect_left(chances, -worth, key=neg)) for most, chances in zip(limits, survival, strict=True)
         ]
         # Where that leaves nobody, there must still be plans to probe.
         wanted = wanted if any(wanted) else limits
-        plans, tokens = [Plan(0, [0] * count, count, plain)], float(count)
+        plans, tokens = [Plan(0, [0] * count, count, 1.0)], float(count)
         for k in range(1, max(wanted) + 1):
             tokens += sum([row[k - 1] for row, most in zip(survival, wanted, strict=True) if most >= k])
             lengths = [k if k < most else most for most in wanted]
-            seconds = self.costs.estimate(batch, batch + sum(lengths))
-            drafting = self.costs.estimate_draft(batch, max(lengths))
-            known = seconds is not None and drafting is not None
-            plans.append(Plan(k, lengths, tokens, seconds + drafting if known else None))
+            verifying = self.costs.times(batch, batch + sum(lengths))
+            drafting = self.costs.draft_times(batch, max(lengths))
+            times = None if None in (verifying, drafting) else verifying + drafting
+            plans.append(Plan(k, lengths, tokens, times))
         return plans
 
-    def probe(self, plans: list[Plan], best: Plan, plain: float, batch: int) -> Plan | None:
+    def probe(self, plans: list[Plan], best: Plan, batch: int) -> Plan | None:
         """Another plan than the best known one, if it is time to learn and there is time to lose."""
         if self.costs.unmeasured[bucket(batch)] >= PATIENCE and not self.costs.measured(batch):
             return plans[0]
-        left = (LOSS * self.total + ALLOWANCE * plain - self.lost) / PROBE
+        if best.k and self.waited >= PATIENCE and self.costs.slower():
+            return plans[0]
+        left = (LOSS * self.total + ALLOWANCE - self.lost) / PROBE
         # At worst nothing stands, and a token costs as much as another sequence would.
-        others = [plan for plan in plans if plan.k != best.k and (plan.seconds or plain * (1 + plan.k)) - plain <= left]
-        unknown = [plan for plan in others if plan.seconds is None]
+        others = [plan for plan in plans if plan.k != best.k and (plan.times or 1 + plan.k) - 1 <= left]
+        unknown = [plan for plan in others if plan.times is None]
         if not others or self.waited < (2 if unknown else self.pause):
             return None
         if unknown:
@@ -344,7 +384,7 @@ class Controller:
             return near[self.turn % len(near)] if near else None
         if self.turn % 2:
             return others[self.turn // 2 % len(others)]
-        return max(others, key=lambda plan: plan.tokens / plan.seconds)
+        return max(others, key=Plan.rate)
 
     def record(
         self, sequences: list[Acceptance], proposed: list[int], accepted: list[int], seconds: float,
@@ -361,14 +401,13 @@ class Controller:
             if guesses:
                 self.costs.record_draft(batch, max(proposed), drafting)
         new = len(sequences) + sum(accepted)
-        plain = self.costs.plain(batch)
-        self.total, self.lost = MEMORY * self.total + seconds, MEMORY * self.lost
+        plain = self.costs.unit(bucket(batch)) or self.costs.plain(batch)
+        self.total, self.lost = MEMORY * self.total + (seconds / plain if plain else 1), MEMORY * self.lost
         if guesses and plain is not None:
-            usual, draft = self.costs.estimate(batch, tokens), self.costs.estimate_draft(batch, max(proposed))
+            usual, draft = self.costs.times(batch, tokens), self.costs.draft_times(batch, max(proposed))
             # A step that compiles takes once what it never takes again: no token counts for more than two alone do.
-            most = drafting + 2 * plain * tokens / batch if None in (usual, draft) else SPIKE * (usual + draft)
-            taken = min(seconds, most)
-            self.lost = max(-BANK * plain, self.lost + taken - plain * new / len(sequences))
+            most = drafting / plain + 2 * tokens / batch if None in (usual, draft) else SPIKE * (usual + draft)
+            self.lost = max(-BANK, self.lost + min(seconds / plain, most) - new / len(sequences))
             self.verify_seconds += seconds - drafting
             self.plain_seconds += plain
         if self.expected is not None and guesses:
