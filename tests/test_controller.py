@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import pytest
 
-from moe_lm.engine.controller import PATIENCE, SHORTEST_PAUSE, WINDOW, Controller, StepCosts
+from moe_lm.engine.controller import PATIENCE, SHORTEST_PAUSE, Controller
+from moe_lm.engine.step_costs import WINDOW, StepCosts
 
 COSTS = {
     "free": lambda batch, tokens: 1.0,
@@ -136,16 +137,16 @@ def test_a_first_step_that_compiles_does_not_count():
     costs.record(2, 2, 1.0)
     assert costs.plain(2) == 1.0
     costs.record(2, 4, 1000.0)
-    assert costs.times(2, 4) is None
+    assert costs.step_times(2, 4) is None
     costs.record(2, 4, 1.5)
-    assert costs.times(2, 4) == 1.5
-    assert costs.times(2, 3) == 1.25
-    assert costs.times(2, 5) is None
-    assert costs.times(5, 10) is None
+    assert costs.step_times(2, 4) == 1.5
+    assert costs.step_times(2, 3) == 1.25
+    assert costs.step_times(2, 5) is None
+    assert costs.step_times(5, 10) is None
     for _ in range(WINDOW):
         costs.record(2, 2, 1.0)
         costs.record(2, 4, 3.0)
-    assert costs.times(2, 4) == 3.0
+    assert costs.step_times(2, 4) == 3.0
 
 
 def test_the_nearest_batch_stands_in_for_one_not_measured():
@@ -155,22 +156,21 @@ def test_the_nearest_batch_stands_in_for_one_not_measured():
         for _ in range(2):
             costs.record(batch, batch, plain)
         for _ in range(2):
-            costs.record(batch, 4 * batch, plain * ratio)
-            costs.record_draft(batch, 3, plain * ratio / 10)
+            costs.record(batch, 4 * batch, plain * ratio, 3, plain * ratio / 10)
 
     measure(4, 1.0, 1.5)
     measure(16, 4.0, 3.0)
     assert [costs.plain(batch) for batch in (1, 2, 5, 6, 7, 9, 33)] == [None, 1.0, 1.0, 1.0, 1.0, 4.0, None]
-    assert [costs.times(batch, 4 * batch) for batch in (1, 2, 6, 9)] == [None, 1.5, 1.5, 3.0]
+    assert [costs.step_times(batch, 4 * batch) for batch in (1, 2, 6, 9)] == [None, 1.5, 1.5, 3.0]
     assert [costs.draft_times(batch, 3) for batch in (1, 2, 9)] == pytest.approx([None, 0.15, 0.3])
     assert not costs.measured(6)
     for _ in range(2):
         costs.record(6, 6, 1.25)
     assert costs.plain(6) == 1.25
-    assert costs.times(6, 24) == 1.5, "the ratio is still another's"
+    assert costs.step_times(6, 24) == 1.5, "the ratio is still another's"
     measure(6, 1.25, 2.0)
-    assert costs.times(6, 24) == 2.0
-    assert costs.times(5, 20) == 2.0, "5 is nearer to 6 than to 4, as 5/4 is more than 6/5"
+    assert costs.step_times(6, 24) == 2.0
+    assert costs.step_times(5, 20) == 2.0, "5 is nearer to 6 than to 4, as 5/4 is more than 6/5"
 
 
 def test_guessing_goes_on_when_a_request_ends():
@@ -194,14 +194,13 @@ def test_what_steps_take_is_compared_with_steps_just_before():
         costs.record(1, 1, 1.0)
     for seconds in (1.0, 2.0):
         for _ in range(4 * WINDOW):
-            costs.record(1, 4, 1.5 * seconds)
-            costs.record_draft(1, 3, 0.5 * seconds)
+            costs.record(1, 4, 1.5 * seconds, 3, 0.5 * seconds)
         assert costs.slower() == (seconds == 2), "so that plain steps are due"
-        assert (costs.times(1, 4), costs.draft_times(1, 3)) == (1.5, 0.5)
+        assert (costs.step_times(1, 4), costs.draft_times(1, 3), costs.times(1, 4, 3)) == (1.5, 0.5, 2.0)
     for _ in range(2 * WINDOW):
         costs.record(1, 1, 2.0)
-        costs.record(1, 4, 8.0)
-    assert costs.times(1, 4) == 4.0, "but what has become dearer beside plain steps is found out"
+        costs.record(1, 4, 8.0, 3, 1.0)
+    assert costs.times(1, 4, 3) == 4.5, "but what has become dearer beside plain steps is found out"
     assert not costs.slower()
 
 
@@ -228,7 +227,7 @@ def test_the_first_drafted_token_may_cost_more_than_the_next():
     assert costs.draft_times(1, 1) is None
     for length, seconds in ((2, 0.5), (4, 0.75)):
         for _ in range(2):
-            costs.record_draft(1, length, seconds)
+            costs.record(1, 1 + length, 1.5, length, seconds)
     assert [costs.draft_times(1, length) for length in (1, 2, 3, 4, 8)] == [0.5, 0.5, 0.625, 0.75, 1.5]
 
 
