@@ -20,6 +20,9 @@ PRIOR_WEIGHT = 4.0
 """How many of its own guesses count as much as what the sequences before it have shown."""
 SHORTEST_PAUSE, LONGEST_PAUSE = 33, 264
 """Steps between two probes: at first 3% of all, then ever fewer while probing brings nothing."""
+RICH_PAUSE = 8
+"""The same where nothing is guessed now, but guessing has gained more than it lost: that it stopped may be a mistake, as
+step times and acceptance are noise in part."""
 LOSS = 0.008
 """The share of all time that speculation may have lost before probing stops, beside ALLOWANCE plain steps' worth."""
 MEMORY = 0.999
@@ -182,7 +185,7 @@ class Controller:
         if probe is None:
             # Where nothing is guessed nothing is learned, so there is nothing new to decide before a probe is due.
             learned = len(known) == len(plans) and not best.k
-            holds = min(max(HOLD, self.pause - self.waited), LONGEST_HOLD) if learned else HOLD
+            holds = min(max(HOLD, self.due() - self.waited), LONGEST_HOLD) if learned else HOLD
             self.held, self.holds = (list(sequences), others, best.lengths), holds - 1
             return best.lengths
         self.waited, self.turn, self.probes = 0, self.turn + 1, self.probes + 1
@@ -214,6 +217,10 @@ class Controller:
             plans.append(Plan(k, lengths, tokens, self.costs.times(batch, batch + sum(lengths), max(lengths))))
         return plans
 
+    def due(self) -> int:
+        """Steps without a guess until a probe: few while what speculation gained would pay for it."""
+        return self.pause if self.lost >= 0 else RICH_PAUSE
+
     def probe(self, plans: list[Plan], best: Plan, batch: int) -> Plan | None:
         """Another plan than the best known one, if it is time to learn and there is time to lose."""
         if self.costs.unmeasured[bucket(batch)] >= PATIENCE and not self.costs.measured(batch):
@@ -224,7 +231,7 @@ class Controller:
         # At worst nothing stands, and a token costs as much as another sequence would.
         others = [plan for plan in plans if plan.k != best.k and (plan.times or 1 + plan.k) - 1 <= left]
         unknown = [plan for plan in others if plan.times is None]
-        if not others or self.waited < (2 if unknown else self.pause):
+        if not others or self.waited < (2 if unknown else self.pause if best.k else self.due()):
             return None
         if unknown:
             # The longest one: the costs of those between it and none can then be estimated.
