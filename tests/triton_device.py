@@ -17,5 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
     import interpreter_bf16
+    import interpreter_speed
 
     interpreter_bf16.install()
+    interpreter_speed.install()

@@ -21,8 +21,8 @@ PRIOR_WEIGHT = 4.0
 SHORTEST_PAUSE, LONGEST_PAUSE = 33, 264
 """Steps between two probes: at first 3% of all, then ever fewer while probing brings nothing."""
 RICH_PAUSE = 8
-"""The same where nothing is guessed now, but guessing has gained more than it lost: that it stopped may be a mistake, as
-step times and acceptance are noise in part."""
+"""The same where nothing is guessed now, but guessing has gained more than it lost: stopping may be a mistake, as step
+times and acceptance are noise in part."""
 LOSS = 0.008
 """The share of all time that speculation may have lost before probing stops, beside ALLOWANCE plain steps' worth."""
 MEMORY = 0.999
