@@ -142,6 +142,7 @@ def test_a_first_step_that_compiles_does_not_count():
     assert costs.step_times(2, 4) == 1.5
     assert costs.step_times(2, 3) == 1.25
     assert costs.step_times(2, 5) is None
+    assert costs.step_times(3, 4) == 1.25, "as of two, with as many tokens for each"
     assert costs.step_times(5, 10) is None
     for _ in range(WINDOW):
         costs.record(2, 2, 1.0)
@@ -197,6 +198,9 @@ def test_what_steps_take_is_compared_with_steps_just_before():
             costs.record(1, 4, 1.5 * seconds, 3, 0.5 * seconds)
         assert costs.slower() == (seconds == 2), "so that plain steps are due"
         assert (costs.step_times(1, 4), costs.draft_times(1, 3), costs.times(1, 4, 3)) == (1.5, 0.5, 2.0)
+    for _ in range(WINDOW):
+        costs.record(1, 1, 2.0)
+    assert (costs.plain(1), costs.step_times(1, 4), costs.draft_times(1, 3)) == (2.0, 1.5, 0.5)
     for _ in range(2 * WINDOW):
         costs.record(1, 1, 2.0)
         costs.record(1, 4, 8.0, 3, 1.0)
