@@ -5,7 +5,6 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 #include <utility>
 
 #include "amx.h"
@@ -35,18 +34,21 @@ struct Product {
 
 constexpr int64_t PANEL_BYTES = 1 << 20;  // of activations that stay in a core's L2 while weights pass by
 
-// Tiles that wait for what follows their product. An engine does it a part at a time between the products of the next
-// ones, which leave the vector units idle.
+// A product of 16 outputs and 16 rows that is done: where it belongs, and its float32 (16, 16), for gated ones two.
+struct Finished {
+  int64_t unit, panel;
+  float *tile, *up;
+};
+
+// Tiles that wait for what follows their product, finish(tile, part) for part 0 .. Finish::PARTS - 1. An engine does it
+// a part at a time between the products of the next ones, which leave the vector units idle.
 template <class Finish>
 struct Backlog {
-  Finish& finish;
-  struct Item {
-    int64_t unit, panel;
-    float *tile, *up;
-  } items[MOST_BLOCKS];
-  int64_t parts = 0, done = 0;  // Finish::PARTS of each item
+  const Finish& finish;
+  Finished items[MOST_BLOCKS];
+  int64_t parts = 0, done = 0;  // of all items
 
-  void add(const Item& item) {
+  void add(const Finished& item) {
     items[parts / Finish::PARTS] = item;
     parts += Finish::PARTS;
   }
@@ -65,16 +67,16 @@ struct Backlog {
   }
 };
 
-// Units low .. high - 1. Calls finish(item, part) for each part of each (16 outputs, 16 rows), `up` for gated ones.
+// Units low .. high - 1, each part of each tile of them given to `finish`.
 template <class Engine, class Finish>
-void multiply(const Product<Engine>& product, int64_t low, int64_t high, const Desk<Engine>& desk, Finish&& finish) {
+void multiply(const Product<Engine>& product, int64_t low, int64_t high, const Desk<Engine>& desk, const Finish& finish) {
   using Weight = typename Engine::Weight;
   const int64_t K = product.K, count = product.panel_count(), panel_size = Engine::panel_size(K);
   const int halves = product.gated ? 2 : 1;
   const int64_t group = std::max<int64_t>(2, PANEL_BYTES / (panel_size * sizeof(*product.panels)) / 2 * 2);
   // Four blocks of weights against one panel, or two against two: that many tile registers there are.
   const int64_t most = (count == 1 ? MOST_BLOCKS : 2) / halves;
-  Backlog<std::remove_reference_t<Finish>> backlog{finish};
+  Backlog<Finish> backlog{finish};
   float *tiles = desk.tiles, *other_tiles = tiles + MOST_BLOCKS * TILE * TILE;
   for (int64_t first = 0; first < count; first += group)
     for (int64_t unit = low, units; unit < high; unit += units) {
@@ -126,8 +128,7 @@ struct PutRows {
   float* out;
   const int64_t stride;
 
-  template <class Item>
-  INLINE void operator()(const Item& at, int64_t) const {
+  INLINE void operator()(const Finished& at, int64_t) const {
     put_tile<ADD>(at.tile, product.rows(at.unit), product.columns(at.panel),
                   out + at.panel * TILE * stride + at.unit * TILE, stride);
   }
@@ -140,8 +141,7 @@ struct PutSwiglu {
   const Product<Engine>& product;
   typename Engine::Activation* panels;
 
-  template <class Item>
-  INLINE void operator()(const Item& at, int64_t part) const {
+  INLINE void operator()(const Finished& at, int64_t part) const {
     const int64_t F = product.outputs, first = part * Engine::CHANNELS, rows = product.rows(at.unit) - first;
     typename Engine::Activation* panel = panels + at.panel * Engine::panel_size(F);
     Floats x[Engine::CHANNELS] = {};
