@@ -6,10 +6,8 @@
 MODEL and DRAFT are run directories (their newest checkpoint), checkpoints, or Hugging Face model directories.
 """
 
-import json
 import sys
 import time
-from pathlib import Path
 
 from moe_lm.cli import Parser, run_main
 from moe_lm.config import ConfigError
@@ -47,33 +45,27 @@ def main(argv: list[str]) -> None:
     import torch
 
     from kernels.cpu.process import tune_process
-    from moe_lm import load, load_tokenizer
-    from moe_lm.checkpoint import resolve_model_dir
     from moe_lm.data.tokenizer import end_of_text_id
-    from moe_lm.engine import Engine, SamplingParams
+    from moe_lm.engine import SamplingParams, open_engine
     from moe_lm.model.device import choose_device
 
     params = SamplingParams(**{name: getattr(args, name) for name in SAMPLING}, stop=tuple(filter(None, args.stop)))
     device, dtype = choose_device(args.device), getattr(torch, args.dtype) if args.dtype else None
     if device.type == "cpu":
         tune_process()
-    tokenizer = load_tokenizer(args.model)
-    model = load(args.model, dtype=dtype, device=device)
-    draft = load(args.draft, dtype=dtype, device=device) if args.draft else None
-    if draft is not None and load_tokenizer(args.draft).to_str() != tokenizer.to_str():
-        raise ConfigError(f"the draft {args.draft} has another tokenizer than {args.model}: train it with this one.")
-    engine = Engine(
-        model, tokenizer, draft, kv_memory=args.kv_memory, max_sequences=1, speculation=args.speculation,
-        draft_tokens=args.draft_tokens, stop_ids=tuple(end_ids(resolve_model_dir(args.model), tokenizer)),
+    engine = open_engine(
+        args.model, args.draft, dtype=dtype, device=device, kv_memory=args.kv_memory, max_sequences=1,
+        speculation=args.speculation, draft_tokens=args.draft_tokens,
     )  # fmt: skip
     if engine.warm_up_seconds > 1:
         print(f"prepared in {engine.warm_up_seconds:.0f} s. {engine.describe()}", file=sys.stderr)
-    stream = engine.stream(tokenizer.encode(args.prompt).ids or [end_of_text_id(tokenizer)], params)
+    prompt = engine.tokenizer.encode(args.prompt).ids or [end_of_text_id(engine.tokenizer)]
+    stream = engine.stream(prompt, params)
     print(args.prompt, end="", flush=True)
     start, first = time.perf_counter(), None
     try:
         for output in stream:
-            first = first or time.perf_counter()
+            first = first or (time.perf_counter() if output.tokens else None)
             print(output.text, end="", flush=True)
             if output.error:
                 raise ConfigError(output.error)
@@ -81,16 +73,6 @@ def main(argv: list[str]) -> None:
         stream.close()
     print()
     print(summary(engine, first and first - start, time.perf_counter() - start), file=sys.stderr)
-
-
-def end_ids(directory: Path, tokenizer) -> set[int]:
-    """The tokens that end a text: eos_token_id of generation_config.json or config.json, one or several."""
-    for name in ("generation_config.json", "config.json"):
-        if (directory / name).exists():
-            value = json.loads((directory / name).read_text("utf-8")).get("eos_token_id")
-            if value is not None:
-                return set(value) if isinstance(value, list) else {value}
-    return set()
 
 
 def summary(engine, first: float | None, total: float) -> str:

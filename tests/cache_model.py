@@ -5,11 +5,10 @@ from collections import Counter
 
 import pytest
 
-from moe_lm.config import ConfigError
 from moe_lm.engine.batch import places
 from moe_lm.engine.block_pool import BlockPool
 from moe_lm.engine.request import SamplingParams
-from moe_lm.engine.scheduler import Plan, Scheduler, Work
+from moe_lm.engine.scheduler import ContextError, Plan, Scheduler, Work
 from moe_lm.engine.sequence import Sequence, Status
 
 
@@ -61,8 +60,8 @@ class Simulation:
         self.names += 1
         sequence = request(str(self.names), prompt, max_tokens, n)
         total = len(prompt) + max_tokens
-        if total > self.context or self.pool.blocks_for(total - 1) > self.pool.num_blocks:
-            with pytest.raises(ConfigError, match="max_tokens"):
+        if total > self.context or self.pool.blocks_for(max(len(prompt), total - 1)) > self.pool.num_blocks:
+            with pytest.raises(ContextError, match="max_tokens"):
                 self.scheduler.add([sequence])
             self.counts["refused"] += 1
             return
@@ -81,6 +80,7 @@ class Simulation:
     def step(self, abort_within: str | None = None) -> None:
         rng, scheduler = self.rng, self.scheduler
         self.allocated.clear()
+        self.fresh = [self.samples[name][0] for name in scheduler.unstarted()]
         plan = scheduler.schedule(lambda sequence: rng.choice([0, 0, 1, 2, 5]))
         self.check_plan(plan)
         self.copy(plan)
@@ -114,8 +114,11 @@ class Simulation:
             sequence = work.sequence
             assert sequence.status is Status.RUNNING
             assert work.start == sequence.computed
+            assert (sequence in plan.started) == (sequence in self.fresh)
             assert work.count >= 1
-            assert work.samples == (work.start + work.count == len(sequence.tokens))
+            whole = work.start + work.count == len(sequence.tokens)
+            assert work.samples == (whole and sequence.params.max_tokens > 0)
+            self.counts["prompts alone"] += whole and not sequence.params.max_tokens
             assert 0 <= work.drafts <= max(sequence.remaining - 1, 0) * work.samples
             end = work.start + work.count + work.drafts
             written = sequence.blocks[work.start // self.pool.block_size : self.pool.blocks_for(end)]
@@ -177,7 +180,7 @@ class Simulation:
         self.counts["rejected"] += work.drafts - accepted
         if first and sequence.params.n > 1:
             self.samples[sequence.request_id] += scheduler.fork(sequence, sequence.params.n - 1)
-        if stopped or not sequence.remaining:
+        if stopped or (not sequence.remaining and sequence.computed >= sequence.prompt_length):
             scheduler.finish(sequence, "stop" if stopped else "length")
             self.counts["finished"] += 1
 
@@ -217,7 +220,8 @@ def drive(simulation: Simulation, steps: int) -> None:
         while len(simulation.scheduler.waiting) < 4 and rng.random() < 0.5:
             prompt = rng.choice(texts)[: rng.randint(1, context // 2)]
             prompt = prompt + [rng.randrange(2) for _ in range(rng.choice([0, 0, 1, 4]))]
-            simulation.add(prompt, rng.randint(1, context // 2 + 8), rng.choice([1, 1, 2, 4]))
+            max_tokens = rng.randint(0, context // 2 + 8)
+            simulation.add(prompt, max_tokens, rng.choice([1, 1, 2, 4]) if max_tokens else 1)
         names = simulation.alive()
         if names and rng.random() < 0.03:
             simulation.abort(rng.choice(names))

@@ -9,6 +9,8 @@ from moe_lm.engine.speculative import Draft, verify
 from moe_lm.model import Transformer
 
 VOCABULARY = 97
+BLOCK = 2 * 2 * 16 * 16 * 4
+"""Bytes of a cache block of the models here: keys and values, 2 layers, 16 tokens, 1 head of 16, float32."""
 
 SHAPES = {
     "moe, one kv head": {},
@@ -46,12 +48,23 @@ def solo(model: Transformer, prompt: list[int], params: SamplingParams, **settin
 
 
 def same(result: Result, expected: list[Output]) -> bool:
-    """Whether tokens, log-probabilities and ends are equal, the numbers bit for bit."""
+    """Whether tokens, log-probabilities, experts and ends are equal, the numbers bit for bit."""
 
     def facts(output: Output):
-        return output.tokens, output.logprobs, output.prompt_logprobs, output.finish_reason, output.stop_reason
+        end = output.finish_reason, output.stop_reason
+        return output.tokens, output.logprobs, output.prompt_logprobs, output.experts, end
 
     return [facts(output) for output in result.samples] == [facts(output) for output in expected]
+
+
+def drain(engine: Engine) -> dict[str, list[Output]]:
+    """What is left to come, by request: its samples, as far as they gave anything, in order."""
+    found: dict[tuple[str, int], Output] = {}
+    while engine.has_work:
+        for output in engine.step():
+            key = output.request_id, output.index
+            found.setdefault(key, Output(*key)).extend(output)
+    return {name: [found[key] for key in sorted(found) if key[0] == name] for name, _ in found}
 
 
 def no_leak(engine: Engine) -> None:

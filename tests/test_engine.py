@@ -278,9 +278,9 @@ def test_settings_that_do_not_fit_together_are_refused(settings, message):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_tokens", 0), ("temperature", -1), ("temperature", float("nan")), ("top_k", -1), ("top_p", 0), ("top_p", 1.5),
-     ("min_p", -0.1), ("repetition_penalty", 0), ("temperature", float("inf")), ("seed", -1), ("n", 0), ("n", 1000),
-     ("presence_penalty", 3), ("frequency_penalty", -2.5), ("logprobs", 65), ("draft_tokens", 17)],
+    [("max_tokens", -1), ("temperature", -1), ("temperature", float("nan")), ("top_k", -1), ("top_p", 0),
+     ("top_p", 1.5), ("min_p", -0.1), ("repetition_penalty", 0), ("temperature", float("inf")), ("seed", -1), ("n", 0),
+     ("n", 1000), ("presence_penalty", 3), ("frequency_penalty", -2.5), ("logprobs", 65), ("draft_tokens", 17)],
 )  # fmt: skip
 def test_bad_sampling_parameters_are_refused(name, value):
     with pytest.raises(ConfigError, match=f"{name} = {value}"):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from engines import VOCABULARY, make_model, near_copy, no_leak, same, solo
+from engines import BLOCK, VOCABULARY, make_model, near_copy, no_leak, same, solo
 
 from moe_lm.engine import Engine, Output, Result, SamplingParams
 from moe_lm.engine.drafting import Drafter
@@ -18,9 +18,6 @@ from moe_lm.engine.speculative import Draft
 from moe_lm.model import Transformer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-BLOCK = 2 * 2 * 16 * 16 * 4
-"""Bytes of a cache block of the models here: keys and values, 2 layers, 16 tokens, 1 head of 16, float32."""
 
 
 class Crowd:
@@ -40,11 +37,13 @@ class Crowd:
         kind = choose.choice(self.kinds)
         # Which tokens a seed draws depends on which guesses there were, but for `deterministic`; their law does not.
         temperature = choose.choice([0, 0.9]) if kind == "none" or engine.deterministic else 0
+        max_tokens = choose.randrange(40)
         params = SamplingParams(
-            max_tokens=choose.randrange(1, 40), temperature=temperature, seed=choose.randrange(5),
-            n=choose.choice([1, 1, 1, 3]), logprobs=choose.choice([None, 0, 3]),
-            prompt_logprobs=choose.choice([None, None, 2]), repetition_penalty=choose.choice([1, 1, 1.3]),
-            frequency_penalty=choose.choice([0, 0, 0.5]), top_p=choose.choice([1, 0.8]),
+            max_tokens=max_tokens, temperature=temperature, seed=choose.randrange(5),
+            n=choose.choice([1, 1, 1, 3]) if max_tokens else 1, experts=choose.random() < 0.3,
+            logprobs=choose.choice([None, 0, 3]), prompt_logprobs=choose.choice([None, None, 2]),
+            repetition_penalty=choose.choice([1, 1, 1.3]), frequency_penalty=choose.choice([0, 0, 0.5]),
+            top_p=choose.choice([1, 0.8]),
             stop_token_ids=choose.choice([(), (5, 6, 7)]), speculation=kind, draft_tokens=choose.randrange(1, 7),
         )  # fmt: skip
         request_id = engine.add(prompt, params)
@@ -184,6 +183,7 @@ FEATURES = {
     "penalties": Feature({}, PENALTIES, lambda run: run.penalised()),
     "logprobs": Feature({}, {"logprobs": 3}, lambda run: all(len(s.logprobs) == 30 for s in run.samples())),
     "prompt logprobs": Feature({}, {"prompt_logprobs": 2}, lambda run: run.results[0].samples[0].prompt_logprobs),
+    "experts": Feature({}, {"experts": True}, lambda run: all(len(s.experts) == 30 for s in run.samples())),
     "several samples": Feature({}, {"n": 3}, lambda run: run.engine.stats.copies > 0),
 }
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moe_lm.config import ConfigError
 from moe_lm.engine.batch import places
-from moe_lm.engine.scheduler import Plan, Scheduler
+from moe_lm.engine.scheduler import ContextError, Plan, Scheduler
 from moe_lm.engine.sequence import Status
 
 
@@ -18,7 +18,7 @@ def step(scheduler: Scheduler, drafts=0, accepted=0) -> Plan:
     plan = scheduler.schedule(lambda sequence: drafts)
     for work in plan.work:
         scheduler.advance(work, [7] * (min(accepted, work.drafts) + 1) if work.samples else [])
-        if not work.sequence.remaining:
+        if not work.sequence.remaining and work.sequence.computed >= work.sequence.prompt_length:
             scheduler.finish(work.sequence, "length")
     return plan
 
@@ -172,6 +172,8 @@ def test_admission_leaves_each_running_sequence_a_block():
         (0, 4, "the prompt is empty; give at least one token, such as the end-of-text token."),
         (60, 5, "60 tokens of prompt and max_tokens = 5 make 65, more than the context of 64; "
                 "shorten the prompt or lower max_tokens."),
+        (21, 0, "21 tokens of prompt and max_tokens = 0 need 6 cache blocks of 4 tokens, more than the 5 that "
+                "kv_memory holds; lower max_tokens or raise kv_memory."),
         (10, 12, "10 tokens of prompt and max_tokens = 12 need 6 cache blocks of 4 tokens, more than the 5 that "
                  "kv_memory holds; lower max_tokens or raise kv_memory."),
     ],
@@ -180,16 +182,35 @@ def test_what_can_never_fit_is_refused_with_its_numbers(prompt, max_tokens, mess
     scheduler = make(blocks=5, context=64)
     with pytest.raises(ConfigError) as refusal:
         scheduler.add([request("a", 4), request("b", prompt, max_tokens)])
+    assert isinstance(refusal.value, ContextError) == (prompt > 0)
     assert str(refusal.value) == message
     assert not scheduler.waiting
 
 
 def test_what_just_fits_is_served():
     scheduler = make(blocks=5, context=21)
-    scheduler.add([request("a", 10, 11), request("b", 20, 1)])
+    scheduler.add([request("a", 10, 11), request("b", 20, 1), request("c", 20, 0)])
     while scheduler.running or scheduler.waiting:
         assert step(scheduler, drafts=4).work
     assert scheduler.pool.available == 5
+
+
+def test_a_prompt_alone_is_computed_in_any_chunks_and_gives_no_token():
+    scheduler = make(tokens=4, sequences=2)
+    scheduler.add([request("a", 2), request("b", 3, 0), request("c", 1, 0)])
+    assert shape(step(scheduler)) == [("a", 0, 2, 0), ("b", 0, 2, 0)]
+    # The rest of b is one token, beside those that decode, and guesses nothing.
+    plan = scheduler.schedule(lambda sequence: 3)
+    assert shape(plan) == [("a", 2, 1, 2), ("b", 2, 1, 0)]
+    assert [work.samples for work in plan.work] == [True, False]
+    for work in plan.work:
+        scheduler.advance(work, [7] if work.samples else [])
+    scheduler.finish(plan.work[1].sequence, "length")
+    assert scheduler.unstarted() == {"c"}
+    plan = step(scheduler)
+    assert shape(plan) == [("a", 3, 1, 0), ("c", 0, 1, 0)]
+    assert [sequence.request_id for sequence in plan.started] == ["c"]
+    assert len(scheduler.running) == 1
 
 
 def test_a_step_must_hold_all_running_sequences():
@@ -385,7 +406,8 @@ def test_thousands_of_steps_with_every_event(blocks):
     simulation = Simulation(random.Random(blocks), blocks=blocks, size=4, tokens=16, sequences=6, context=48)
     drive(simulation, 2500)
     counts, pool = simulation.counts, simulation.pool
-    for event in ("finished", "refused", "aborted", "copies", "chunks", "mixed", "accepted", "rejected"):
+    events = ("finished", "refused", "aborted", "copies", "chunks", "mixed", "accepted", "rejected", "prompts alone")
+    for event in events:
         assert counts[event] > 5, (event, counts)
     assert counts["preempted"] > 5 or blocks == 60, counts
     assert pool.evictions > 100

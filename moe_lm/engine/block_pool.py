@@ -42,6 +42,11 @@ class BlockPool:
         """Blocks that can be allocated now, those that could still be found included."""
         return len(self._free)
 
+    @property
+    def cached(self) -> int:
+        """Free blocks that could still be found. Counts them."""
+        return sum(self._keys[block] is not None for block in self._free)
+
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold this many tokens."""
         return -(-tokens // self.block_size)

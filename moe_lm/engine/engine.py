@@ -8,6 +8,7 @@ What a request gets does not depend on who shares its batch, on chunks, on the p
 speculation (docs/engine.md says how, and where it holds bit for bit).
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -28,9 +29,10 @@ from moe_lm.engine.runner import Runner, block_bytes, cache_dtype
 from moe_lm.engine.sample import Sample
 from moe_lm.engine.scheduler import Scheduler, Work
 from moe_lm.engine.sequence import Sequence, Status
+from moe_lm.engine.snapshot import Snapshot, take_snapshot
 from moe_lm.engine.speculative import Draft
 from moe_lm.engine.stats import Stats
-from moe_lm.engine.verdict import Verdict, judge
+from moe_lm.engine.verdict import Verdict, judge, note_experts
 from moe_lm.model import Transformer
 
 T = TypeVar("T")
@@ -70,6 +72,8 @@ class Engine:
             BlockPool(blocks, block_size, prefix_cache), max_step_tokens=max_step_tokens, max_sequences=max_sequences,
             context=context,
         )  # fmt: skip
+        self.context = min(context, blocks * block_size)
+        """Tokens of prompt and output together that a request may always have."""
         start = time.perf_counter()
         self.runners = [
             Runner(each, blocks, block_size, kv_dtype=kv_dtype, native=native, deterministic=deterministic)
@@ -87,19 +91,32 @@ class Engine:
         self.stats = Stats()
 
     def add(self, prompt: str | list[int], params: SamplingParams | None = None, request_id: str | None = None) -> str:
-        """Queue a request, and return its id. Raises ConfigError if it can never be served, with the numbers."""
+        """Queue a request, and return its id. Raises ConfigError if it can never be served, with the numbers, and one
+        that its mask's maker raises; anything else that the request's own code raises ends it with an error."""
         params = params or SamplingParams()
-        tokens = self.encode(prompt)
-        check_request(tokens, params, self.vocab_size, self.tokenizer is not None, self.draft)
+        tokens = self.check(prompt, params)
         if request_id is None:
             request_id, self.made = f"request-{self.made}", self.made + 1
         if request_id in self.requests:
             raise ConfigError(f"request_id = {request_id!r} is taken by a request that has not finished.")
         sequence = Sequence(request_id, params, tokens)
+        sample = self.sample(sequence)
+        if isinstance(sample.cause, ConfigError):
+            raise sample.cause
         self.scheduler.add([sequence])
-        self.samples[sequence] = self.sample(sequence)
+        self.samples[sequence] = sample
         self.requests[request_id] = set(range(params.n))
         return request_id
+
+    def check(self, prompt: str | list[int], params: SamplingParams) -> list[int]:
+        """The prompt's tokens. Raises ConfigError for what `add` would refuse, ContextError where it is too long.
+
+        Changes nothing, and may be called in another thread while a step runs.
+        """
+        tokens = self.encode(prompt)
+        check_request(tokens, params, self.vocab_size, self.tokenizer is not None, self.draft)
+        self.scheduler.require_fit(len(tokens), params.max_tokens)
+        return tokens
 
     def abort(self, request_id: str) -> None:
         """End a request wherever it is; the next step reports it. Nothing happens if it has finished."""
@@ -118,8 +135,9 @@ class Engine:
         with self.stats.timed("schedule"):
             self.lengths.choose(self.scheduler.running, self.samples)
             plan = self.scheduler.schedule(self.lengths)
-        self.stats.preemptions += len(plan.preempted)
-        self.stats.copies += len(plan.copies)
+        self.stats.count_plan(plan)
+        for sequence in plan.started:
+            self.samples[sequence].cached = sequence.cached
         if not plan.work:
             return outputs
         with self.stats.timed("draft"):
@@ -134,6 +152,8 @@ class Engine:
         with self.stats.timed("sample"):
             samples = [self.samples[work.sequence] for work in plan.work]
             verdicts = judge(plan.work, samples, drafts, [piece.wanted for piece in pieces], logits)
+            if any(work.sequence.params.experts for work in plan.work):
+                note_experts(plan.work, verdicts, step.experts)
         with self.stats.timed("output"):
             self.stats.count(pieces, plan.work, samples, verdicts, step.experts, self.num_experts)
             seconds = time.perf_counter() - start - caught_up
@@ -187,6 +207,14 @@ class Engine:
         """How the steps are computed, in a sentence."""
         return self.target.describe()
 
+    def unstarted(self) -> set[str]:
+        """Requests of which nothing has started. Its cost is that of going through those that wait."""
+        return self.scheduler.unstarted()
+
+    def snapshot(self) -> Snapshot:
+        """What runs and waits, and how full the cache is, between two steps."""
+        return take_snapshot(self.scheduler, self.samples)
+
     def speculation_reports(self) -> dict[str, Report]:
         """By kind of speculation: acceptance by place, tokens per step, what verifying costs beside plain steps."""
         return self.lengths.reports()
@@ -236,26 +264,40 @@ class Engine:
     def settle(self, work: Work, sample: Sample, verdict: Verdict) -> list[Output]:
         """Book what one work brought; what there is to report of it."""
         sequence, params = work.sequence, work.sequence.params
+        sample.verified = bool(verdict.draft.tokens)
         if not work.samples:
             self.scheduler.advance(work, [])
-            return []
+            if sequence.computed < len(sequence.tokens):
+                return []
         output = Output(sequence.request_id, sequence.index)
         sample.push(verdict.tokens, self.stop_ids, output)
         verdict.report(output, params.logprobs)
         output.prompt_logprobs = sample.take_prompt_logprobs()
+        output.cached, sample.cached = sample.cached, None
         if output.tokens:
             self.scheduler.advance(work, output.tokens)
             if sequence.index == 0 and len(sequence.tokens) == sequence.prompt_length + len(output.tokens):
                 for child in self.scheduler.fork(sequence, params.n - 1):
                     self.samples[child] = self.sample(child)
-        if verdict.failed and output.finish_reason is None:
-            output.finish_reason = "error"
-            output.error = f"the model's logits after token {len(sequence.tokens)} of this request are not finite."
+        if not params.max_tokens:
+            output.finish_reason = "length"
+        output.error = sample.error or self.failure(sequence, verdict, output)
+        if output.error:
+            output.finish_reason, output.stop_reason = "error", None
         if output.finish_reason:
             self.finish(sequence, output.finish_reason)
         if output.error:
             self.end(sequence.request_id, "error", output.error)
         return [output]
+
+    def failure(self, sequence: Sequence, verdict: Verdict, output: Output) -> str | None:
+        """What is wrong with the logits that an output came from."""
+        failed = verdict.failed and output.finish_reason is None
+        if not sequence.params.max_tokens:
+            failed = any(each and math.isnan(each.logprob) for each in output.prompt_logprobs or ())
+        if failed:
+            return f"the model's logits after token {len(sequence.tokens)} of this request are not finite."
+        return None
 
     def finish(self, sequence: Sequence, reason: str) -> None:
         """Forget one sample."""

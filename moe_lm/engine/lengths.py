@@ -29,7 +29,7 @@ class DraftLengths:
         kinds.pop("none", None)
         self.chosen = {}
         for kind, own in kinds.items():
-            limits = [min(sequence.params.draft_tokens or self.most, sequence.remaining - 1) for sequence in own]
+            limits = [min(sequence.params.draft_tokens or self.most, sequence.most_drafts) for sequence in own]
             if self.adaptive:
                 known = [self.acceptance_of(sequence, kind) for sequence in own]
                 limits = self.controllers[kind].choose(known, limits, len(decoding) - len(own))

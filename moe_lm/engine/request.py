@@ -42,7 +42,7 @@ class SamplingParams:
     """
 
     max_tokens: int = 128
-    """Most new tokens."""
+    """Most new tokens; 0 computes the prompt alone, as for prompt_logprobs, and gives one output without tokens."""
     temperature: float = 1.0
     """Divides the logits; 0 takes the likeliest token (the lowest id among equals)."""
     top_k: int = 0
@@ -75,6 +75,8 @@ class SamplingParams:
     before any filter; None for none."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens, of which the first has none."""
+    experts: bool = False
+    """Whether to report which experts every new token came from."""
     mask: Callable[[], TokenMask] | None = None
     """Makes what decides which tokens may come, such as a grammar, for each sample; see moe_lm.engine.grammar."""
     speculation: str | None = None
@@ -87,7 +89,7 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", MappingProxyType(dict(self.logit_bias)))
         for name, low, high in (
-            ("max_tokens", 1, None), ("temperature", 0, None), ("top_k", 0, None), ("top_p", 0, 1), ("min_p", 0, 1),
+            ("max_tokens", 0, None), ("temperature", 0, None), ("top_k", 0, None), ("top_p", 0, 1), ("min_p", 0, 1),
             ("repetition_penalty", 0, None), ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2),
             ("seed", 0, 2**63 - 1), ("n", 1, MOST_SAMPLES), ("logprobs", 0, MOST_LOGPROBS),
             ("prompt_logprobs", 0, MOST_LOGPROBS), ("draft_tokens", 1, 16),
@@ -96,6 +98,8 @@ class SamplingParams:
         for name in ("top_p", "repetition_penalty"):
             if getattr(self, name) == 0:
                 raise ConfigError(f"{name} = 0 would leave nothing to choose from; it must be above 0.")
+        if self.max_tokens == 0 and self.n > 1:
+            raise ConfigError(f"n = {self.n} samples of max_tokens = 0 are all empty; set n = 1 or raise max_tokens.")
         for token, bias in self.logit_bias.items():
             require_range(f"logit_bias[{token}]", bias, -100, 100)
         if len(self.stop) > MOST_STOPS or not all(self.stop):
@@ -144,6 +148,12 @@ class Output:
     """With the first output of a sample 0 that asked for them: one for each token of the prompt, None for the first."""
     sources: list[str] = field(default_factory=list)
     """Who guessed each new token: `target`, `draft` or `ngram`."""
+    experts: list[list[list[int]]] = field(default_factory=list)
+    """If asked for, the experts of every layer in the pass that gave each new token, which is over the token before it:
+    (tokens, L, K), without layers for a dense model."""
+    cached: int | None = None
+    """With the first output of sample 0: tokens of the prompt that were found in the prefix cache when it started; a
+    later start after a preemption does not count."""
     finish_reason: str | None = None
     """`stop`, `length`, `abort` or `error`; None while more will come."""
     stop_reason: int | str | None = None
@@ -157,8 +167,11 @@ class Output:
         self.text += later.text
         self.logprobs += later.logprobs
         self.sources += later.sources
+        self.experts += later.experts
         if later.prompt_logprobs is not None:
             self.prompt_logprobs = later.prompt_logprobs
+        if later.cached is not None:
+            self.cached = later.cached
         self.finish_reason, self.stop_reason, self.error = later.finish_reason, later.stop_reason, later.error
 
 

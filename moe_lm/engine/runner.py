@@ -148,10 +148,11 @@ class Runner:
 
     def native(self, batch: Batch) -> Step:
         cos, sin = (table.index_select(0, batch.positions) for table in self.angles)
-        return Step(*self.decoder.forward(
+        logits, experts = self.decoder.forward(
             batch.tokens, cos, sin, batch.slots, batch.page_table, batch.query_offsets, batch.lengths, self.keys,
             self.values, batch.rows,
-        ))  # fmt: skip
+        )  # fmt: skip
+        return Step(logits, experts if experts.shape[2] else experts[:0])
 
     @torch.inference_mode()
     def eager(self, pieces: list[Piece]) -> Step:

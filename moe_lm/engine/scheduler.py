@@ -16,6 +16,10 @@ from moe_lm.engine.block_pool import BlockPool
 from moe_lm.engine.sequence import Sequence, Status
 
 
+class ContextError(ConfigError):
+    """A prompt and its max_tokens that are more than the context, or than the whole cache holds."""
+
+
 @dataclass(slots=True, eq=False)
 class Work:
     """What one sequence brings to one step.
@@ -29,7 +33,7 @@ class Work:
     count: int
     """Known tokens to compute: sequence.tokens[start : start + count]."""
     samples: bool
-    """Whether the last known token is among them, so that the step gives new tokens."""
+    """Whether the last known token is among them and max_tokens is not 0, so that the step gives new tokens."""
     drafts: int = 0
     """Slots after them for tokens guessed ahead; 0 unless `samples`."""
 
@@ -45,6 +49,8 @@ class Plan:
     destination may be an earlier source."""
     preempted: list[Sequence] = field(default_factory=list)
     """Sequences that went back to the queue for want of blocks."""
+    started: list[Sequence] = field(default_factory=list)
+    """First samples that started for the first time; `cached` is what the prefix cache had of their prompts."""
 
 
 class Scheduler:
@@ -76,8 +82,31 @@ class Scheduler:
         cache to itself. Drafts do not count there: they only take slots that are free.
         """
         for sequence in sequences:
-            self._require_fit(sequence)
+            self.require_fit(sequence.prompt_length, sequence.params.max_tokens)
         self.waiting.extend(sequences)
+
+    def require_fit(self, prompt: int, new: int) -> None:
+        """See that so many tokens of prompt and new ones can be served with the whole cache to themselves. Raises
+        ContextError where they are too many, ConfigError for an empty prompt."""
+        pool = self.pool
+        if not prompt:
+            raise ConfigError("the prompt is empty; give at least one token, such as the end-of-text token.")
+        if prompt + new > self.context:
+            raise ContextError(
+                f"{prompt} tokens of prompt and max_tokens = {new} make {prompt + new}, more than the context of "
+                f"{self.context}; shorten the prompt or lower max_tokens."
+            )
+        # The last new token is never computed.
+        blocks = pool.blocks_for(prompt + max(0, new - 1))
+        if blocks > pool.num_blocks:
+            raise ContextError(
+                f"{prompt} tokens of prompt and max_tokens = {new} need {blocks} cache blocks of {pool.block_size} "
+                f"tokens, more than the {pool.num_blocks} that kv_memory holds; lower max_tokens or raise kv_memory."
+            )
+
+    def unstarted(self) -> set[str]:
+        """Requests of which nothing has started. Goes through those that wait."""
+        return {sequence.request_id for sequence in self.waiting if sequence.is_fresh}
 
     def schedule(self, draft_length: Callable[[Sequence], int]) -> Plan:
         """The next step; empty only when nothing runs or waits.
@@ -94,7 +123,7 @@ class Scheduler:
                 budget -= self._prefill(plan, sequence, budget)
         # What could be admitted right after a preemption is the sequence that has just made room.
         while budget and self.waiting and len(self.running) < self.max_sequences and not plan.preempted:
-            if not self._admit():
+            if not self._admit(plan):
                 break
             budget -= self._prefill(plan, self.running[-1], budget)
         return plan
@@ -164,33 +193,17 @@ class Scheduler:
             self.finish(sequence, "abort")
         return found
 
-    def _require_fit(self, sequence: Sequence) -> None:
-        prompt, new, pool = sequence.prompt_length, sequence.params.max_tokens, self.pool
-        if not prompt:
-            raise ConfigError("the prompt is empty; give at least one token, such as the end-of-text token.")
-        if prompt + new > self.context:
-            raise ConfigError(
-                f"{prompt} tokens of prompt and max_tokens = {new} make {prompt + new}, more than the context of "
-                f"{self.context}; shorten the prompt or lower max_tokens."
-            )
-        # The last new token is never computed.
-        blocks = pool.blocks_for(prompt + new - 1)
-        if blocks > pool.num_blocks:
-            raise ConfigError(
-                f"{prompt} tokens of prompt and max_tokens = {new} need {blocks} cache blocks of {pool.block_size} "
-                f"tokens, more than the {pool.num_blocks} that kv_memory holds; lower max_tokens or raise kv_memory."
-            )
-
     def _decode(self, plan: Plan) -> None:
         """One token for every running sequence that lacks only its last, oldest first."""
         i = 0
         while i < len(self.running):
             sequence = self.running[i]
             if len(sequence.tokens) - sequence.computed == 1:
-                assert sequence.remaining > 0, f"{sequence.request_id} has all its tokens but was not finished"
+                unfinished = sequence.remaining > 0 or sequence.computed < sequence.prompt_length
+                assert unfinished, f"{sequence.request_id} has all its tokens but was not finished"
                 if not self._make_writable(sequence, plan):
                     break
-                plan.work.append(Work(sequence, sequence.computed, 1, True))
+                plan.work.append(Work(sequence, sequence.computed, 1, sequence.remaining > 0))
             i += 1
 
     def _make_writable(self, sequence: Sequence, plan: Plan) -> bool:
@@ -221,7 +234,7 @@ class Scheduler:
             if wanted := draft_length(sequence):
                 known, held = len(sequence.tokens), len(sequence.blocks)
                 slots = (held + pool.available) * pool.block_size - known
-                work.drafts = min(wanted, sequence.remaining - 1, left, slots)
+                work.drafts = min(wanted, sequence.most_drafts, left, slots)
                 left -= work.drafts
                 sequence.blocks += pool.allocate(pool.blocks_for(known + work.drafts) - held)
         return room - left
@@ -230,10 +243,10 @@ class Scheduler:
         """At most `budget` tokens that are not computed; how many."""
         unknown = len(sequence.tokens) - sequence.computed
         count = min(budget, unknown)
-        plan.work.append(Work(sequence, sequence.computed, count, count == unknown))
+        plan.work.append(Work(sequence, sequence.computed, count, count == unknown and sequence.remaining > 0))
         return count
 
-    def _admit(self) -> bool:
+    def _admit(self, plan: Plan) -> bool:
         """Start the first waiting sequence, if there are blocks for all tokens that it knows."""
         sequence = self.waiting[0]
         # One block is left for each sequence that runs: it will want it within block_size tokens, and would take it
@@ -245,6 +258,8 @@ class Scheduler:
         sequence.blocks, sequence.cached = admitted
         sequence.computed = sequence.cached
         sequence.draft_computed = self.pool.drafted(sequence.blocks)
+        if sequence.is_fresh:
+            plan.started.append(sequence)
         sequence.status = Status.RUNNING
         self.running.append(self.waiting.popleft())
         return True

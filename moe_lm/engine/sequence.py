@@ -62,3 +62,13 @@ class Sequence:
     def remaining(self) -> int:
         """New tokens that max_tokens still allows."""
         return self.prompt_length + self.params.max_tokens - len(self.tokens)
+
+    @property
+    def most_drafts(self) -> int:
+        """Tokens that are worth guessing ahead: one more follows them in the same step."""
+        return max(0, self.remaining - 1)
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether nothing of its request has started: it is the first sample, and has waited ever since it came."""
+        return self.status is Status.WAITING and not self.index and not self.preemptions

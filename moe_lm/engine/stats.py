@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_lm.engine.batch import Piece
 from moe_lm.engine.sample import Sample
-from moe_lm.engine.scheduler import Work
+from moe_lm.engine.scheduler import Plan, Work
 from moe_lm.engine.verdict import Verdict
 
 PHASES = ("schedule", "draft", "forward", "sample", "output")
@@ -37,6 +37,10 @@ class Stats:
     """Tokens that went through the target, drafted ones that were rejected included."""
     tokens: int = 0
     """New tokens."""
+    prompt_tokens: int = 0
+    """Tokens of the prompts that started, each counted once."""
+    cached_tokens: int = 0
+    """Those of them that were found in the prefix cache."""
     chunks: int = 0
     """Steps of a prompt after which more of it was left."""
     preemptions: int = 0
@@ -59,11 +63,20 @@ class Stats:
     """How many decoding sequences brought so many tokens; what `experts_touched` is to be divided by."""
     experts: int = 0
     """Distinct experts of all layers that the steps read."""
+    expert_tokens: np.ndarray | None = None
+    """Computed tokens that each expert of each layer got, int64 (L, E); None before a mixture's first step."""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     """By phase of a step."""
 
     def timed(self, phase: str) -> "Timer":
         return Timer(self.seconds, phase)
+
+    def count_plan(self, plan: Plan) -> None:
+        """Count what is decided before a step."""
+        self.preemptions += len(plan.preempted)
+        self.copies += len(plan.copies)
+        self.prompt_tokens += sum(sequence.prompt_length for sequence in plan.started)
+        self.cached_tokens += sum(sequence.cached for sequence in plan.started)
 
     def count(
         self, pieces: list[Piece], works: list[Work], samples: list[Sample], verdicts: list[Verdict], experts: Tensor,
@@ -74,9 +87,12 @@ class Stats:
         self.computed += experts.shape[1]
         present = touched(experts, [len(piece.tokens) for piece in pieces], num_experts)
         self.experts += int(np.count_nonzero(present.any(0)))
+        if len(experts):
+            got = loads(experts, num_experts)
+            self.expert_tokens = got if self.expert_tokens is None else self.expert_tokens + got
         each = (present.reshape(len(pieces), -1).sum(1) / max(1, present.shape[1])).tolist()
         for piece, work, sample, verdict, number in zip(pieces, works, samples, verdicts, each, strict=True):
-            self.chunks += not work.samples
+            self.chunks += work.start + work.count < len(work.sequence.tokens)
             self.tokens += len(verdict.tokens)
             if not work.samples or len(work.sequence.tokens) == work.sequence.prompt_length:
                 continue
@@ -123,3 +139,10 @@ def touched(experts: Tensor, lengths: list[int], num_experts: int) -> np.ndarray
     owner, layer = np.arange(sequences).repeat(lengths), np.arange(layers)
     present[owner[None, :, None], layer[:, None, None], chosen] = True
     return present
+
+
+def loads(experts: Tensor, num_experts: int) -> np.ndarray:
+    """How many tokens each expert of each layer got, int64 (L, E), given experts (L, N, K)."""
+    layers = len(experts)
+    ids = experts.cpu().numpy().reshape(layers, -1) + num_experts * np.arange(layers)[:, None]
+    return np.bincount(ids.ravel(), minlength=layers * num_experts).reshape(layers, num_experts)

@@ -25,6 +25,8 @@ class Verdict:
     """What each of them was judged by, float32 (len(tokens), V)."""
     failed: bool = False
     """Whether the next token's logits are not finite."""
+    experts: list[list[list[int]]] = field(default_factory=list)
+    """Of the passes that gave the tokens, (len(tokens), L, K), where the request asks for them."""
 
     @property
     def accepted(self) -> int:
@@ -35,6 +37,7 @@ class Verdict:
         """Add what is asked for about the output's tokens, which may be fewer."""
         count = len(output.tokens)
         output.sources = [*self.draft.sources[: self.accepted], "target"][:count]
+        output.experts = self.experts[:count]
         if top is not None and count:
             output.logprobs = logprobs(self.logits[:count], output.tokens, [top] * count)
 
@@ -68,3 +71,13 @@ def judge(
         verdicts.append(Verdict(draft, new, logits[first : first + len(new)], not all(good)))
         first += len(draft.tokens) + 1
     return verdicts
+
+
+def note_experts(works: list[Work], verdicts: list[Verdict], experts: Tensor) -> None:
+    """Give each verdict the experts that its tokens came from, if asked for, of those (L, N, K) that the step chose."""
+    end = 0
+    for work, verdict in zip(works, verdicts, strict=True):
+        first = end + work.count - 1
+        end += work.count + len(verdict.draft.tokens)
+        if work.sequence.params.experts:
+            verdict.experts = experts[:, first : first + len(verdict.tokens)].transpose(0, 1).tolist()
