@@ -109,3 +109,12 @@ def copy(saved, tmp_path):
         return Path(shutil.copytree(saved / name, tmp_path / name))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def server_url(tokenizer, tmp_path_factory):
+    """The address of a running server whose model, if greedy, writes ASCII."""
+    from serving import live, toy_engine
+
+    with live(toy_engine(tokenizer, ascii_only=True), tmp_path_factory.mktemp("model")) as server:
+        yield server.url

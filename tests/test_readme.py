@@ -3,6 +3,7 @@
 A command of a kind that is not known here fails, so that nothing stands in the README that nothing tries.
 """
 
+import json
 import os
 import re
 import runpy
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from moe_lm.checkpoint import resolve_model_dir
 from moe_lm.config import SourceConfig
 from moe_lm.toml import load_config, to_toml
 from moe_lm.train.metrics import read_metrics
+from serve import make_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -140,7 +143,7 @@ def test_every_block_and_command_is_of_a_known_kind():
     known = {*INSTALLS.values(), *RUN, "source .venv/bin/activate", "pip install -e '.[tensorboard]'",
              "tensorboard --logdir runs", "pytest -m slow"}  # fmt: skip
     assert not set(COMMANDS) - known
-    assert {shlex.split(command)[1] for command in RUN} == {"train.py", "-m"}
+    assert {shlex.split(command)[1] for command in RUN} == {"train.py", "serve.py", "-m"}
 
 
 @pytest.mark.parametrize("command", [command for command in RUN if command.startswith("python train.py")])
@@ -181,6 +184,54 @@ def test_generating_command(command, here, monkeypatch, capfd):
     assert ("guesse" in messages) == ("--draft" in words)
 
 
+class Serving:
+    """A process that serves on a port that is free."""
+
+    def __init__(self, words: list[str], here: Path):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        program = [sys.executable, str(ROOT / "serve.py"), *words, "--port", "0"]
+        self.process = subprocess.Popen(program, cwd=here, env=environment, stderr=subprocess.PIPE, text=True)
+        self.messages: list[str] = []
+
+    def __enter__(self) -> "Serving":
+        for line in self.process.stderr:
+            self.messages.append(line)
+            if line.startswith("listening on "):
+                self.url = line.removeprefix("listening on ").strip()
+                return self
+        raise AssertionError("".join(self.messages))
+
+    def __exit__(self, *_) -> None:
+        self.process.terminate()
+        self.process.communicate(timeout=60)
+        assert self.process.returncode == 0
+
+
+@pytest.mark.parametrize("command", [command for command in RUN if command.startswith("python serve.py")])
+def test_serving_command(command, here):
+    words = shlex.split(command)[2:]
+    with Serving(words, here) as serving:
+        (told,) = [line for line in serving.messages if "draft" in line]
+        # The newest run of the place may be that of another test.
+        assert told.startswith(f"{words[0]}, no draft." if words else "runs/")
+        with urllib.request.urlopen(f"{serving.url}/v1/models") as answer:
+            assert json.load(answer)["data"][0]["max_model_len"] == CONTEXT
+        with urllib.request.urlopen(serving.url) as answer:
+            assert b"<title>" in answer.read()
+
+
+def test_server_document(here, capfd):
+    text = (ROOT / "docs" / "server.md").read_text("utf-8")
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (ROOT / "docs" / link).exists(), link
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    with Serving(["runs/nano"], here) as serving:
+        exec(compile(snippet.replace("http://127.0.0.1:8000", serving.url), "docs/server.md", "exec"), {})
+    assert capfd.readouterr().out.strip()
+    for option in re.findall(r"`(--[\w-]+)`", text):
+        assert option.lstrip("-").replace("-", "_") in vars(make_parser().parse_args([])), option
+
+
 @pytest.mark.parametrize("command", [command for command in RUN if command.startswith("python -m moe_lm.bench")])
 def test_measuring_command(command, here, monkeypatch, capfd):
     words = shlex.split(command)[1:]
@@ -205,7 +256,13 @@ def test_kernel_command(command, here):
 
 
 def test_every_command_that_runs_is_run_above():
-    kinds = ("python train.py", "python -m moe_lm.generate ", "python -m moe_lm.bench", "python -m kernels.")
+    kinds = (
+        "python train.py",
+        "python serve.py",
+        "python -m moe_lm.generate ",
+        "python -m moe_lm.bench",
+        "python -m kernels.",
+    )
     assert all(command.startswith(kinds) for command in RUN)
 
 

@@ -130,6 +130,15 @@ def resolve_model_dir(path: str | Path) -> Path:
     raise ModelError(f"there is no directory {path}: name a model, a checkpoint or a run{hint}")
 
 
+def newest_run(root: Path) -> Path:
+    """The run directory in `root` with the newest complete checkpoint. Raises ModelError, saying how to make one."""
+    found = {run: checkpoints(run) for run in root.glob("*/")}
+    newest = max(found, key=lambda run: found[run][-1].stat().st_mtime if found[run] else 0, default=None)
+    if newest is None or not found[newest]:
+        raise ModelError(f"there is no trained run under {root}/: make one with python train.py, or name a model.")
+    return newest
+
+
 def read_config(directory: Path) -> ModelConfig:
     """The shape of the model in `directory`. Raises ModelError, naming the file, for one that is refused."""
     file = directory / "config.json"

@@ -24,6 +24,10 @@ JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separato
 """The form of json.dumps. Were any white space allowed between two items, a small model could go on with it forever."""
 
 
+LONGEST_REASON = 300
+"""Characters: the library quotes what is wrong as a whole, which may be megabytes."""
+
+
 class Grammar:
     """The state of one text in a grammar: a TokenMask. Only end tokens may follow a complete match, nothing them."""
 
@@ -36,6 +40,9 @@ class Grammar:
     def allowed(self) -> Tensor:
         """Tokens that may come next, bool (vocabulary of the tokenizer,); none after an end token."""
         bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
+        # In an error it allows the end alone, as if the text were complete.
+        if self.matcher.is_error():
+            raise RuntimeError(first_line(self.matcher.get_error()))
         mask = np.unpackbits(bits, bitorder="little", count=self.size).view(np.bool_)
         return torch.from_numpy(mask & (self.unread == 0))
 
@@ -80,7 +87,10 @@ def json_schema(
         raise ConfigError(f"the JSON schema is not JSON: {error}.") from error
     if not isinstance(schema, dict):
         raise ConfigError(f"the JSON schema is {json.dumps(schema)}; it must be an object.")
-    text = library().LLMatcher.grammar_from_json_schema(schema, overrides=JSON_FORM)
+    try:
+        text = library().LLMatcher.grammar_from_json_schema(schema, overrides=JSON_FORM)
+    except ValueError as error:
+        raise ConfigError(f"the JSON schema cannot be a grammar: {first_line(str(error))}.") from error
     return compiled("the JSON schema", text, tokenizer, end)
 
 
@@ -100,10 +110,21 @@ def compiled(what: str, grammar: str, tokenizer: Tokenizer, end: int | Sequence[
     failed, messages = matcher_class.validate_grammar_with_warnings(grammar, trie)
     if failed:
         # The library quotes the pattern again, with line numbers of its own; what is wrong follows the last "error:".
-        reason = messages[0].rpartition("error: ")[2].strip().splitlines()[0].rstrip(".")
-        raise ConfigError(f"{what} cannot be a grammar: {reason}.")
+        last = messages[0].rpartition("error: ")[2]
+        raise ConfigError(f"{what} cannot be a grammar: {first_line(last if last.strip() else messages[0])}.")
     first = matcher_class(trie, grammar, log_level=0)
+    trial = first.deep_copy()
+    trial.compute_bitmask()
+    if trial.is_error():
+        raise ConfigError(f"{what} cannot be a grammar: nothing can begin a text that matches it.")
     return lambda: Grammar(first.deep_copy(), size, frozenset(ends))
+
+
+def first_line(reason: str) -> str:
+    """What the library says is wrong, without what it quotes below and without a full stop."""
+    lines = reason.strip().splitlines()
+    shown = lines[0][:LONGEST_REASON].rstrip(".") if lines else "it gives no reason"
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in shown)
 
 
 def only_special_token(tokenizer: Tokenizer) -> int:

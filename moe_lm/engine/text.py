@@ -27,7 +27,10 @@ class TextStream:
                 text, self.held = self.held[:index], ""
                 return text
         # What could be the beginning of a stop string waits for the next token.
-        waiting = max((n for text in self.stop for n in range(1, len(text)) if self.held.endswith(text[:n])), default=0)
+        waiting = max((
+            n for text in self.stop for n in range(1, min(len(text), len(self.held) + 1))
+            if self.held.endswith(text[:n])
+        ), default=0)  # fmt: skip
         text, self.held = self.held[: len(self.held) - waiting], self.held[len(self.held) - waiting :]
         return text
 

@@ -1,0 +1,97 @@
+"""The process of a server: its socket, its signals, its end."""
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from moe_lm.config import ConfigError
+from moe_lm.server.service import Service
+
+log = logging.getLogger("moe_lm.server")
+
+LAST_WORDS = 1.0
+"""Seconds in which a server whose engine is dead still tells so."""
+CLOSING_SECONDS = 5
+"""That answers which are written already have to reach their readers at the end."""
+MOST_CONNECTIONS = 4096
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes any that is free. Raises ConfigError where there can be none."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # Without the protocol asyncio does not see that this is TCP, and leaves on what holds small packets for 40 ms.
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"cannot listen on {host} port {port}: {error}; choose others with --host, --port.") from None
+    return listening
+
+
+def url_of(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve(app: ASGIApp, service: Service, listening: socket.socket) -> int:
+    """Serve until a signal or the engine's end; the exit status of the process, 0 or 1.
+
+    SIGTERM or Ctrl-C: no new work; what is in flight has the limits' drain_seconds. A second one ends it all.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=CLOSING_SECONDS,
+        limit_concurrency=MOST_CONNECTIONS, proxy_headers=False,
+    )  # fmt: skip
+    worker = service.worker
+    server = Server(config, service)
+    asyncio.run(server.serve(sockets=[listening]))
+    if worker.dead:
+        log.error("the engine has stopped after an error", exc_info=worker.dead)
+    return 1 if worker.dead or not server.started else 0
+
+
+class Server(uvicorn.Server):
+    """Uvicorn's, which goes on answering while requests in flight finish."""
+
+    def __init__(self, config: uvicorn.Config, service: Service):
+        super().__init__(config)
+        self.worker = service.worker
+        self.ending = False
+        self.tasks: list[asyncio.Task] = []
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        self.tasks.append(self.loop.create_task(self.end_with_engine()))
+        # Only now: whoever waits for this line connects at once.
+        for listening in sockets or ():
+            print(f"listening on {url_of(listening)}", file=sys.stderr, flush=True)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called by the signal's handler; what uvicorn's own does would end the process by that signal."""
+        if self.started and not self.ending:
+            log.info(
+                "%s: no new requests, %d in flight, at most %g s", signal.Signals(sig).name, len(self.worker.jobs),
+                self.worker.limits.drain_seconds,
+            )  # fmt: skip
+            self.ending = True
+            self.loop.call_soon_threadsafe(lambda: self.tasks.append(self.loop.create_task(self.end())))
+        else:
+            self.should_exit = self.force_exit = True
+
+    async def end(self) -> None:
+        await self.worker.drain(self.worker.limits.drain_seconds)
+        self.should_exit = True
+
+    async def end_with_engine(self) -> None:
+        await self.worker.died.wait()
+        await asyncio.sleep(LAST_WORDS)
+        self.should_exit = True
