@@ -35,15 +35,16 @@ class Crowd:
         start = choose.choice(self.prefixes)[: choose.choice([0, 16, 33, 40])]
         prompt = start + [choose.randrange(VOCABULARY) for _ in range(choose.randrange(1, 30))]
         kind = choose.choice(self.kinds)
-        # Which tokens a seed draws depends on which guesses there were, but for `deterministic`; their law does not.
-        temperature = choose.choice([0, 0.9]) if kind == "none" or engine.deterministic else 0
+        temperature = choose.choice([0, 0.9])
+        # Which tokens a seed draws depends on which guesses there were, but for these; their law does not.
+        reproducible = bool(temperature) and kind != "none" and not engine.deterministic
         max_tokens = choose.randrange(40)
         params = SamplingParams(
             max_tokens=max_tokens, temperature=temperature, seed=choose.randrange(5),
             n=choose.choice([1, 1, 1, 3]) if max_tokens else 1, experts=choose.random() < 0.3,
             logprobs=choose.choice([None, 0, 3]), prompt_logprobs=choose.choice([None, None, 2]),
             repetition_penalty=choose.choice([1, 1, 1.3]), frequency_penalty=choose.choice([0, 0, 0.5]),
-            top_p=choose.choice([1, 0.8]),
+            top_p=choose.choice([1, 0.8]), reproducible=reproducible,
             stop_token_ids=choose.choice([(), (5, 6, 7)]), speculation=kind, draft_tokens=choose.randrange(1, 7),
         )  # fmt: skip
         request_id = engine.add(prompt, params)

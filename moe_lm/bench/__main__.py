@@ -3,6 +3,7 @@
     python -m moe_lm.bench machine                      # matrix rate and read bandwidth of this machine
     python -m moe_lm.bench generate runs/nano           # prefill, decoding and a trace of requests
     python -m moe_lm.bench speculation runs/nano --draft runs/nano/draft
+    python -m moe_lm.bench serve runs/nano              # the server under load, and what HTTP costs
 
 `python -m moe_lm.bench NAME ...` is `python -m moe_lm.bench.NAME ...`, and `NAME --help` its help.
 """
@@ -12,7 +13,7 @@ import sys
 
 from moe_lm.cli import Parser, run_main
 
-NAMES = ("generate", "machine", "speculation")
+NAMES = ("generate", "machine", "serve", "speculation")
 
 
 def main(argv: list[str]) -> None:

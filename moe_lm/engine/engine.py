@@ -232,7 +232,8 @@ class Engine:
 
     def sample(self, sequence: Sequence) -> Sample:
         kind = sequence.params.speculation or self.speculation
-        return Sample(sequence, kind, self.vocab_size, self.tokenizer, self.deterministic)
+        coupled = self.deterministic or sequence.params.reproducible
+        return Sample(sequence, kind, self.vocab_size, self.tokenizer, coupled)
 
     def catch_up(self, works: list[Work]) -> None:
         """Have the draft model read what came while it was not asked. Not a cost of the guess that wants it: it comes

@@ -68,6 +68,9 @@ class SamplingParams:
     """Whether the model's own end tokens are tokens like any other."""
     seed: int = 0
     """Chooses the sample: the same request with the same seed gives the same tokens, whoever shares its batch."""
+    reproducible: bool = False
+    """Whether what the seed draws must not depend on what is guessed ahead, as in a deterministic engine; fewer guesses
+    then stand."""
     n: int = 1
     """Samples of the same prompt; sample i draws with its own numbers, sample 0 with those of n = 1."""
     logprobs: int | None = None

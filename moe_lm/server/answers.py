@@ -85,9 +85,10 @@ class CompletionChoice(Choice):
 
     def logprobs(self, output: Output, first: bool) -> dict[str, list]:
         known: list[Logprob | None] = list(output.logprobs)
-        tokens = list(output.tokens)
+        tokens, offsets = list(output.tokens), []
         if first and self.prompt.request.echo:
             known, tokens = (self.prompt.logprobs or []) + known, self.prompt.tokens + tokens
+            offsets = self.offsets.of_prompt(self.prompt.tokens)
         most, named = self.prompt.request.logprobs, self.texts.named
         return {
             "tokens": [named(token) for token in tokens],
@@ -96,7 +97,7 @@ class CompletionChoice(Choice):
             "top_logprobs": [each and {
                 named(token): finite(value) for token, value in (*each.top[:most], (each.token, each.logprob))
             } for each in known],
-            "text_offset": [self.offsets.push(token) for token in tokens],
+            "text_offset": offsets + self.offsets.of_output(output.tokens),
         }  # fmt: skip
 
 

@@ -102,7 +102,7 @@ class Endpoint:
         try:
             return SamplingParams(
                 **fields, mask=mask, logit_bias=bias, stop=(*stop, *self.own_stops()),
-                stop_token_ids=request.stop_token_ids or (),
+                stop_token_ids=request.stop_token_ids or (), reproducible=request.seed is not None,
             )  # fmt: skip
         except ConfigError as error:
             raise ApiError(str(error), param=str(error).partition(" ")[0], code="invalid_value") from None

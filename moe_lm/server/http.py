@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any, TypeVar
 
+from pydantic_core import to_json
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
@@ -76,15 +77,16 @@ async def send_events(send: Send, events: AsyncIterator[dict[str, Any]]) -> None
     try:
         async with contextlib.aclosing(events):
             async for event in events:
-                await send_event(send, json.dumps(event, ensure_ascii=False, separators=(",", ":")))
+                # A fifth of the time of json.dumps, which was a tenth of what the event loop does for a token.
+                await send_event(send, to_json(event))
     except ApiError as error:
-        await send_event(send, json.dumps(error.body()))
-    await send_event(send, "[DONE]")
+        await send_event(send, json.dumps(error.body()).encode())
+    await send_event(send, b"[DONE]")
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def send_event(send: Send, data: str) -> None:
-    await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+async def send_event(send: Send, data: bytes) -> None:
+    await send({"type": "http.response.body", "body": b"data: %b\n\n" % data, "more_body": True})
 
 
 def refusal(error: ApiError) -> JSONResponse:

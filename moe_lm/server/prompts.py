@@ -24,6 +24,12 @@ PLAIN_STOPS = ("\nUser:", "\nSystem:", "\nDeveloper:")
 """Where an answer ends that the model, which knows of no turns, goes on from: before the next turn's name."""
 
 
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
+)  # fmt: skip
+"""What the code of a template can raise, such as LookupError in '{x}'.format()."""
+
+
 class ChatTemplate:
     """How the turns of a chat become one text: the model's own way, or a plain one where it has none.
 
@@ -42,7 +48,7 @@ class ChatTemplate:
             if name.endswith("_token") and isinstance(value, dict | str)
         }
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False} | options)
         environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
         try:
             self.template = environment.from_string(own or PLAIN)
@@ -56,7 +62,7 @@ class ChatTemplate:
         values: dict[str, Any] = {"messages": turns, "add_generation_prompt": True, "tools": None, "documents": None}
         try:
             return self.template.render(**self.names, **values)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+        except TEMPLATE_ERRORS as error:
             reason = " ".join(str(error).split())[:300].rstrip(".") or "it gives no reason"
             raise ApiError(f"the model's chat template refuses these messages: {reason}.", param="messages") from error
 
@@ -94,13 +100,14 @@ def split_prompts(prompt: str | list | None) -> list[str | list[int]]:
     return [prompt] if isinstance(prompt[0], int) else list(prompt)
 
 
-def encode(tokenizer: Tokenizer, text: str, special: bool, longest: int, context: int) -> list[int]:
-    """The tokens of a text. Raises ApiError at once for one that cannot fit: megabytes would take seconds."""
+def encode(tokenizer: Tokenizer, text: str, special: bool, longest: int, context: int, param: str) -> list[int]:
+    """The tokens of a text. Raises ApiError at once, blaming `param`, for one that cannot fit: megabytes would take
+    seconds."""
     least = -(-len(text.encode()) // longest)
     if least > context and tokenizer.normalizer is None:
         raise ApiError(
             f"the prompt has {len(text)} characters, at least {least} tokens, more than the context of {context}; "
-            "shorten it.", code="context_length_exceeded",
+            "shorten it.", param=param, code="context_length_exceeded",
         )  # fmt: skip
     # Unlike encode, encode_batch lets other threads run.
     return tokenizer.encode_batch([text], add_special_tokens=special)[0].ids

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
@@ -10,7 +11,8 @@ from types import FrameType
 import uvicorn
 from starlette.types import ASGIApp
 
-from moe_lm.config import ConfigError
+from moe_lm.config import ConfigError, require
+from moe_lm.server.errors import Unavailable
 from moe_lm.server.service import Service
 
 log = logging.getLogger("moe_lm.server")
@@ -20,17 +22,23 @@ LAST_WORDS = 1.0
 CLOSING_SECONDS = 5
 """That answers which are written already have to reach their readers at the end."""
 MOST_CONNECTIONS = 4096
+BACKLOG = 2048
+"""Connections that may wait to be taken; uvicorn's number."""
 
 
 def open_socket(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes any that is free. Raises ConfigError where there can be none."""
+    # The system's resolver takes 70000 for 4464.
+    require(0 <= port <= 65535, f"--port {port} must be between 0 and 65535.")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         # Without the protocol asyncio does not see that this is TCP, and leaves on what holds small packets for 40 ms.
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
-    except (OSError, OverflowError) as error:
+        # Two programs may bind one address while neither listens; and who comes while the model is read shall wait.
+        listening.listen(BACKLOG)
+    except OSError as error:
         raise ConfigError(f"cannot listen on {host} port {port}: {error}; choose others with --host, --port.") from None
     return listening
 
@@ -43,7 +51,8 @@ def url_of(listening: socket.socket) -> str:
 def serve(app: ASGIApp, service: Service, listening: socket.socket) -> int:
     """Serve until a signal or the engine's end; the exit status of the process, 0 or 1.
 
-    SIGTERM or Ctrl-C: no new work; what is in flight has the limits' drain_seconds. A second one ends it all.
+    SIGTERM or Ctrl-C: no new work; what is in flight has the limits' drain_seconds. A second one ends that too, with an
+    error to each, after the step that the engine is in; a third does not wait for it.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     config = uvicorn.Config(
@@ -64,7 +73,8 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service):
         super().__init__(config)
         self.worker = service.worker
-        self.ending = False
+        self.signals = 0
+        """That came since it listens."""
         self.tasks: list[asyncio.Task] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -77,15 +87,21 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by the signal's handler; what uvicorn's own does would end the process by that signal."""
-        if self.started and not self.ending:
+        self.signals += self.started
+        if self.signals == 0:
+            self.should_exit = True
+        elif self.signals == 1:
             log.info(
                 "%s: no new requests, %d in flight, at most %g s", signal.Signals(sig).name, len(self.worker.jobs),
                 self.worker.limits.drain_seconds,
             )  # fmt: skip
-            self.ending = True
             self.loop.call_soon_threadsafe(lambda: self.tasks.append(self.loop.create_task(self.end())))
+        elif self.signals == 2:
+            told = Unavailable("the server was told twice to end, before the request had ended.", code="draining")
+            self.loop.call_soon_threadsafe(self.worker.fail_all, told)
         else:
-            self.should_exit = self.force_exit = True
+            # The interpreter's own end would have torch abort the process amid a step.
+            os._exit(1)
 
     async def end(self) -> None:
         await self.worker.drain(self.worker.limits.drain_seconds)

@@ -134,7 +134,7 @@ class Generation(Part):
     n: int | None = Field(None, ge=1, le=MOST_SAMPLES)
     stop: Text | Annotated[list[Text], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     seed: int | None = Field(
-        None, ge=-(2**63), lt=2**63, description="The same seed, the same text, whoever else is served."
+        None, ge=-(2**63), lt=2**63, description="The same seed, the same text, whatever is guessed ahead."
     )
     presence_penalty: Number | None = Field(None, ge=-2, le=2)
     frequency_penalty: Number | None = Field(None, ge=-2, le=2)

@@ -40,7 +40,10 @@ class Service:
         self.template = ChatTemplate(directory)
         self.metrics = Metrics()
         self.worker = Worker(engine, limits, self.metrics, prepare)
-        described = repr((engine.target.model.config, engine.describe(), engine.speculation))
+        weights = [
+            (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in directory.glob("*.safetensors")
+        ]
+        described = repr((engine.target.model.config, sorted(weights), engine.describe()))
         self.fingerprint = f"fp_{hashlib.sha256(described.encode()).hexdigest()[:12]}"
         """OpenAI's system_fingerprint: while it stays, a seed gives the same text."""
         self.grammars: OrderedDict[str, Callable[[], TokenMask]] = OrderedDict()
@@ -54,13 +57,14 @@ class Service:
                 code="model_not_found",
             )  # fmt: skip
 
-    def tokens(self, text: str, special: bool = True) -> list[int]:
-        """The tokens of a text, with those that the tokenizer puts around one if `special`. Raises ApiError."""
-        return encode(self.tokenizer, text, special, self.texts.longest, self.engine.context)
+    def tokens(self, text: str, special: bool = True, param: str = "prompt") -> list[int]:
+        """The tokens of a text, with those that the tokenizer puts around one if `special`. Raises ApiError, blaming
+        `param`."""
+        return encode(self.tokenizer, text, special, self.texts.longest, self.engine.context, param)
 
     def chat_tokens(self, messages: list[Message]) -> list[int]:
         # The template writes special tokens itself.
-        return self.tokens(self.template.render(messages), special=False)
+        return self.tokens(self.template.render(messages), special=False, param="messages")
 
     def start_token(self) -> int:
         """What stands before a document: the prompt where there is none. Raises ApiError if the tokenizer has none."""
@@ -81,12 +85,14 @@ class Service:
         return self.tokenizer.decode_batch([tokens], skip_special_tokens=False)[0]
 
     def check(self, tokens: list[int], params: SamplingParams, param: str) -> None:
-        """Raises ApiError, blaming `param`, for what the engine could never serve."""
+        """Raises ApiError, blaming `param` or the field that the engine names, for what it could never serve."""
         try:
             self.engine.check(tokens, params)
+        except ContextError as error:
+            raise ApiError(str(error), param=param, code="context_length_exceeded") from None
         except ConfigError as error:
-            code = "context_length_exceeded" if isinstance(error, ContextError) else "invalid_value"
-            raise ApiError(str(error), param=param, code=code) from None
+            named = str(error).partition(" ")[0]
+            raise ApiError(str(error), param=param if named == "the" else named, code="invalid_value") from None
 
     async def mask(self, form: ResponseFormat | None) -> Callable[[], TokenMask] | None:
         """What keeps an answer to a form. Raises ApiError for a schema that cannot be enforced."""

@@ -15,6 +15,8 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Tokenizer):
         added = tokenizer.get_added_tokens_decoder()
+        self.special = frozenset(index for index, token in added.items() if token.special)
+        """Tokens that are not in an output's text."""
         byte_level = "ByteLevel" in json.dumps(json.loads(tokenizer.to_str())["decoder"])
         read = byte_level_reader() if byte_level else sentencepiece_bytes
         self.bytes: dict[int, bytes] = {
@@ -41,16 +43,26 @@ class TokenTexts:
 
 
 class Offsets:
-    """Where tokens begin in the text that they spell, in characters; `start` is where the first does."""
+    """Where tokens begin in the text that they spell, in characters."""
 
-    def __init__(self, texts: TokenTexts, start: int = 0):
-        self.texts, self.place = texts, start
+    def __init__(self, texts: TokenTexts):
+        self.texts, self.place = texts, 0
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def push(self, token: int) -> int:
-        """Where this token begins: behind the last whole character of those before it."""
+    def of_prompt(self, tokens: list[int]) -> list[int]:
+        """Where each token of a prompt begins: behind the last whole character of those before it."""
+        places = [self.push(self.texts.of(token)) for token in tokens]
+        # What follows does not complete a character of the prompt: its text is decoded apart.
+        self.place += len(self.decoder.decode(b"", final=True))
+        return places
+
+    def of_output(self, tokens: list[int]) -> list[int]:
+        """The same of an output's next tokens."""
+        return [self.push(b"" if token in self.texts.special else self.texts.of(token)) for token in tokens]
+
+    def push(self, spelled: bytes) -> int:
         place = self.place
-        self.place += len(self.decoder.decode(self.texts.of(token)))
+        self.place += len(self.decoder.decode(spelled))
         return place
 
 
