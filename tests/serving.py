@@ -25,8 +25,8 @@ NAME = "toy"
 class Live:
     """A running server. `url` has no slash at its end."""
 
-    def __init__(self, service: Service, url: str):
-        self.service, self.url = service, url
+    def __init__(self, service: Service, server: Server, url: str):
+        self.service, self.server, self.url = service, server, url
         self.engine = service.engine
 
     def request(
@@ -100,7 +100,7 @@ def live(
             assert thread.is_alive(), "the server has ended"
             assert time.monotonic() < end
             time.sleep(0.005)
-        yield Live(service, url_of(listening))
+        yield Live(service, server, url_of(listening))
     finally:
         server.should_exit = True
         thread.join(30)

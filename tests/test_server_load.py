@@ -12,7 +12,7 @@ import pytest
 from serving import NAME, Live, live, toy_engine
 
 from moe_lm.engine import SamplingParams
-from moe_lm.server import Limits
+from moe_lm.server import Limits, run
 
 LONG = {"prompt": "the quick brown fox", "max_tokens": 300, "temperature": 0, "ignore_eos": True}
 SHORT = {"prompt": "def main", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
@@ -190,6 +190,19 @@ def test_who_does_not_read_holds_up_nobody_and_gets_all(tokenizer, tmp_path):
         assert texts == [choice["text"] for choice in expected["choices"]]
         # What came while nobody read was joined.
         assert len(events) < sum(len(choice["token_details"]) for choice in expected["choices"]) / 2
+
+
+def test_who_never_reads_is_left_in_the_end(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "READING_SECONDS", 0.1)
+    body = {**LONG, "n": 4, "stream": True, "token_details": True, "max_tokens": 150}
+    with live(toy_engine(tokenizer), tmp_path, send_buffer=4096) as server:
+        client = send(server, body)
+        server.wait_until(lambda: in_flight(server) == 1)
+        server.wait_until(lambda: not in_flight(server))
+        connections = server.server.server_state.connections
+        server.wait_until(lambda: not connections)
+        client.close()
+        server.assert_no_leak()
 
 
 class Breaking:

@@ -30,8 +30,7 @@ from moe_lm.bench.client import Ask, Server
 from moe_lm.bench.contenders import BareEngine, ServerProcess, bare_engine, server_at
 from moe_lm.bench.load import Phase
 from moe_lm.bench.throughput import Record, alternate, ratio, spread
-from moe_lm.bench.throughput_table import Column, header, rate, row, times
-from moe_lm.bench.throughput_table import spread as spread_cell
+from moe_lm.bench.throughput_table import OURS, Column, header, rate, row, times
 from moe_lm.bench.workload import Case, Workload, stdlib_text
 from moe_lm.cli import Parser, run_main
 from moe_lm.config import require
@@ -57,10 +56,7 @@ SWEEP = (0.25, 0.5, 0.9)
 OVERLOAD = 10
 
 COST = (
-    Column("case", -16, lambda line: line["name"]),
-    Column("batch", 5, lambda line: str(line["batch"])),
-    Column("tokens/s", 9, rate("tokens_per_s")),
-    Column("quartiles", 10, spread_cell),
+    *OURS[:4],
     Column("engine", 9, rate("engine_tokens_per_s")),
     Column("ratio", 6, times("ratio")),
 )

@@ -48,7 +48,7 @@ class Endpoint:
         self.service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        service = self.service
+        service, arrived = self.service, time.monotonic()
         request = await receive_request(self.request_type, Request(scope, receive), service.limits)
         service.check_model(request.model)
         if request.stream_options and not request.stream:
@@ -60,19 +60,19 @@ class Endpoint:
         for prompt in prompts:
             service.check(prompt.tokens, params, self.prompt_field)
         answer = Answer(self, request, prompts, params)
-        with service.worker.open(answer.jobs) as call:
+        with service.worker.open(answer.jobs, arrived) as call:
             work = send_events(send, answer.events(call)) if request.stream else answer.whole(call)
             try:
-                body = await while_connected(receive, work)
+                found = await while_connected(receive, work)
             except ClientDisconnect:
                 answer.log("client left", call)
                 return
             except ApiError as error:
                 answer.log(str(error), call)
                 raise
-            answer.log("done", call)
+            answer.log(str(found) if isinstance(found, ApiError) else "done", call)
         if not request.stream:
-            await JSONResponse(body)(scope, receive, send)
+            await JSONResponse(found)(scope, receive, send)
 
     def prompts(self, request: Generation) -> list[Prompt]:
         """Raises ApiError."""

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import hmac
-import json
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -69,20 +68,23 @@ async def until_gone(receive: Receive) -> None:
         pass
 
 
-async def send_events(send: Send, events: AsyncIterator[dict[str, Any]]) -> None:
-    """Server-sent events, ended by [DONE]; an ApiError on the way becomes the last event before it."""
+async def send_events(send: Send, events: AsyncIterator[dict[str, Any]]) -> ApiError | None:
+    """Server-sent events, ended by [DONE]; an ApiError on the way becomes the last event before it, and is returned."""
     headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store"),
                (b"x-accel-buffering", b"no")]  # fmt: skip
     await send({"type": "http.response.start", "status": 200, "headers": headers})
+    failure = None
     try:
         async with contextlib.aclosing(events):
             async for event in events:
                 # A fifth of the time of json.dumps, which was a tenth of what the event loop does for a token.
                 await send_event(send, to_json(event))
     except ApiError as error:
-        await send_event(send, json.dumps(error.body()).encode())
+        failure = error
+        await send_event(send, to_json(error.body()))
     await send_event(send, b"[DONE]")
     await send({"type": "http.response.body", "body": b"", "more_body": False})
+    return failure
 
 
 async def send_event(send: Send, data: bytes) -> None:

@@ -6,7 +6,9 @@ import os
 import signal
 import socket
 import sys
+import time
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -21,6 +23,8 @@ LAST_WORDS = 1.0
 """Seconds in which a server whose engine is dead still tells so."""
 CLOSING_SECONDS = 5
 """That answers which are written already have to reach their readers at the end."""
+READING_SECONDS = 60
+"""In which a client has to take something of what is written to it."""
 MOST_CONNECTIONS = 4096
 BACKLOG = 2048
 """Connections that may wait to be taken; uvicorn's number."""
@@ -76,6 +80,8 @@ class Server(uvicorn.Server):
         self.signals = 0
         """That came since it listens."""
         self.tasks: list[asyncio.Task] = []
+        self.unread: dict[Any, tuple[int, float]] = {}
+        """Connections with bytes that wait to be taken: how many, and since when so many."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self.loop = asyncio.get_running_loop()
@@ -84,6 +90,25 @@ class Server(uvicorn.Server):
         # Only now: whoever waits for this line connects at once.
         for listening in sockets or ():
             print(f"listening on {url_of(listening)}", file=sys.stderr, flush=True)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second."""
+        if counter % 10 == 0:
+            self.drop_who_does_not_read()
+        return await super().on_tick(counter)
+
+    def drop_who_does_not_read(self) -> None:
+        """Only this ends a connection with bytes in it: to close one waits until they are taken."""
+        now, before = time.monotonic(), self.unread
+        sizes = {each: each.transport.get_write_buffer_size() for each in self.server_state.connections}
+        self.unread = {
+            each: before[each] if each in before and before[each][0] == size else (size, now)
+            for each, size in sizes.items()
+            if size
+        }
+        for connection, (_, since) in self.unread.items():
+            if now - since > READING_SECONDS:
+                connection.transport.abort()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by the signal's handler; what uvicorn's own does would end the process by that signal."""

@@ -49,7 +49,8 @@ class Call:
     """
 
     jobs: list[Job]
-    arrived: float = field(default_factory=time.monotonic)
+    arrived: float
+    """time.monotonic() when the request did."""
     going: set[tuple[str, int]] = field(init=False)
     """Samples that have not ended, by request id and index."""
     unread: dict[tuple[str, int], Output] = field(default_factory=dict)
@@ -165,13 +166,17 @@ class Worker:
         self.unstarted.discard(request_id)
 
     async def ask(self, question: Callable[[Engine], T]) -> T:
-        """What `question` finds between two steps. Raises Unavailable when the engine is dead."""
+        """What `question` finds between two steps. Raises Unavailable when the engine is dead, and what it raises."""
         self.require_life()
         answer: asyncio.Future[T] = self.loop.create_future()
 
         def command() -> None:
-            found = question(self.engine)
-            self.tell(lambda: answer.done() or answer.set_result(found))
+            try:
+                found = question(self.engine)
+            except Exception as error:  # the asker's, who must not take the engine with him
+                self.tell(lambda error=error: answer.done() or answer.set_exception(error))
+            else:
+                self.tell(lambda: answer.done() or answer.set_result(found))
 
         self.commands.put(command)
         died = asyncio.ensure_future(self.died.wait())
@@ -191,21 +196,23 @@ class Worker:
             raise Unavailable("the server is ending and takes no new requests.", code="draining")
 
     @contextlib.contextmanager
-    def open(self, jobs: list[Job]) -> Iterator[Call]:
+    def open(self, jobs: list[Job], arrived: float) -> Iterator[Call]:
         """Have the engine serve `jobs`, all or none, and what is left of them ended when the block is left.
 
-        Raises Unavailable when there is no more service, Overloaded when the queue has no room.
+        `arrived` is time.monotonic() when the request did. Raises Unavailable when there is no more service, Overloaded
+        when the queue has no room.
         """
         self.require_service()
         self.require_room(jobs)
-        call = Call(jobs)
+        call = Call(jobs, arrived)
         for job in jobs:
             self.jobs[job.request_id] = call, job
             self.waiting[job.request_id] = job
             self.commands.put(lambda job=job: self.add(job))
             self.metrics.accepted(len(job.tokens))
         self.idle.clear()
-        timer = self.loop.call_later(self.limits.request_timeout, self.expire, call)
+        left = self.limits.request_timeout - (time.monotonic() - arrived)
+        timer = self.loop.call_later(left, self.expire, call)
         try:
             yield call
         finally:
