@@ -13,7 +13,7 @@ from pathlib import Path
 from moe_lm.cli import Parser, run_main
 from moe_lm.config import require
 
-LIMITS = ("max_waiting", "max_waiting_tokens", "max_body", "request_timeout", "drain_seconds")
+LIMITS = ("max_waiting", "max_waiting_tokens", "max_body", "request_timeout", "stream_events", "drain_seconds")
 
 
 def make_parser() -> Parser:
@@ -36,6 +36,7 @@ def make_parser() -> Parser:
     add("--max-waiting-tokens", type=int, default=262144, help="tokens of those that wait (default %(default)s)")
     add("--max-body", type=int, default=4194304, help="bytes of a request (default %(default)s)")
     add("--request-timeout", type=float, default=600, help="seconds of a request (default %(default)s)")
+    add("--stream-events", type=int, default=500, help="events per second of all streams (default %(default)s)")
     add("--drain-seconds", type=float, default=30, help="for requests in flight at the end (default %(default)s)")
     add("--deterministic", action="store_true", help="same bits in every batch also where that costs speed")
     add("--dtype", choices=("float32", "bfloat16"), help="dtype of the computation; the model's own")

@@ -60,7 +60,7 @@ class Endpoint:
         for prompt in prompts:
             service.check(prompt.tokens, params, self.prompt_field)
         answer = Answer(self, request, prompts, params)
-        with service.worker.open(answer.jobs, arrived) as call:
+        with service.worker.open(answer.jobs, arrived, bool(request.stream)) as call:
             work = send_events(send, answer.events(call)) if request.stream else answer.whole(call)
             try:
                 found = await while_connected(receive, work)

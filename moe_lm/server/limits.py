@@ -19,11 +19,14 @@ class Limits:
     """In which the body has to arrive."""
     request_timeout: float = 600
     """Seconds from a request's arrival to the end of its answer."""
+    stream_events: int = 500
+    """Events per second that all streams share; tokens that come between two events of a stream go together. Sending
+    one takes 0.1 to 0.3 ms, in which a small model makes a token."""
     drain_seconds: float = 30
     """That requests in flight have to finish in after SIGTERM."""
 
     def __post_init__(self):
-        for name in ("max_waiting", "max_waiting_tokens", "max_body"):
+        for name in ("max_waiting", "max_waiting_tokens", "max_body", "stream_events"):
             require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)} must be at least 1.")
         for name in ("body_seconds", "request_timeout"):
             require(getattr(self, name) > 0, f"{name} = {getattr(self, name)} must be above 0.")

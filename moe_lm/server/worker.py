@@ -6,6 +6,7 @@ through the event loop. Everything else here runs in the event loop.
 
 import asyncio
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -23,6 +24,8 @@ T = TypeVar("T")
 
 RATE_SECONDS = 5
 """Over which the rate of new tokens is measured."""
+LONGEST_PAUSE = 0.1
+"""Seconds between two events of a stream, however many there are."""
 LONGEST_RETRY = 60
 """Seconds; Retry-After says no more."""
 
@@ -51,6 +54,8 @@ class Call:
     jobs: list[Job]
     arrived: float
     """time.monotonic() when the request did."""
+    pause: Callable[[], float]
+    """Least seconds from one reading to the next, asked anew each time; neither the first nor the end is held up."""
     going: set[tuple[str, int]] = field(init=False)
     """Samples that have not ended, by request id and index."""
     unread: dict[tuple[str, int], Output] = field(default_factory=dict)
@@ -58,6 +63,9 @@ class Call:
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     last: dict[tuple[str, int], float] = field(default_factory=dict)
     """When each sample got its last token."""
+    due: float = 0
+    """When there may be something to read next, by the event loop's clock."""
+    timer: asyncio.TimerHandle | None = None
 
     def __post_init__(self):
         self.going = {(job.request_id, index) for job in self.jobs for index in range(job.params.n)}
@@ -70,7 +78,11 @@ class Call:
             self.unread[key] = output
         if output.finish_reason:
             self.going.discard(key)
-        self.ready.set()
+        loop = asyncio.get_running_loop()
+        if not self.going or output.finish_reason == "error" or loop.time() >= self.due:
+            self.ready.set()
+        elif self.timer is None and self.due < math.inf:
+            self.timer = loop.call_at(self.due, self.ready.set)
 
     def fail(self, error: ApiError) -> None:
         self.failure = self.failure or error
@@ -80,6 +92,10 @@ class Call:
         """What has come since the last time, once there is something. Raises what the call has failed with."""
         await self.ready.wait()
         self.ready.clear()
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+        self.due = asyncio.get_running_loop().time() + self.pause()
         outputs, self.unread = list(self.unread.values()), {}
         failed = next((output.error for output in outputs if output.finish_reason == "error"), None)
         if failed:
@@ -102,6 +118,8 @@ class Worker:
         """That have not ended, by request id."""
         self.waiting: dict[str, Job] = {}
         """Those that no step has touched."""
+        self.streams = 0
+        """Calls that are read as they come."""
         self.draining = False
         self.dead: BaseException | None = None
         self.died, self.idle = asyncio.Event(), asyncio.Event()
@@ -196,15 +214,16 @@ class Worker:
             raise Unavailable("the server is ending and takes no new requests.", code="draining")
 
     @contextlib.contextmanager
-    def open(self, jobs: list[Job], arrived: float) -> Iterator[Call]:
+    def open(self, jobs: list[Job], arrived: float, stream: bool) -> Iterator[Call]:
         """Have the engine serve `jobs`, all or none, and what is left of them ended when the block is left.
 
-        `arrived` is time.monotonic() when the request did. Raises Unavailable when there is no more service, Overloaded
-        when the queue has no room.
+        `arrived` is time.monotonic() when the request did; what is no stream is read once, at its end. Raises
+        Unavailable when there is no more service, Overloaded when the queue has no room.
         """
         self.require_service()
         self.require_room(jobs)
-        call = Call(jobs, arrived)
+        call = Call(jobs, arrived, self.pause if stream else lambda: math.inf)
+        self.streams += stream
         for job in jobs:
             self.jobs[job.request_id] = call, job
             self.waiting[job.request_id] = job
@@ -217,7 +236,12 @@ class Worker:
             yield call
         finally:
             timer.cancel()
+            self.streams -= stream
             self.cancel(call, "cancelled")
+
+    def pause(self) -> float:
+        """Seconds between two events of a stream, so that all streams together keep to their share."""
+        return min(LONGEST_PAUSE, self.streams / self.limits.stream_events)
 
     def require_room(self, jobs: list[Job]) -> None:
         limits, cost = self.limits, sum(job.cost for job in jobs)
