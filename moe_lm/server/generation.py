@@ -49,11 +49,13 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service, arrived = self.service, time.monotonic()
+        # Before the body is looked at: under overload most of the work is to refuse.
+        service.worker.require_service()
+        service.worker.require_room()
         request = await receive_request(self.request_type, Request(scope, receive), service.limits)
         service.check_model(request.model)
         if request.stream_options and not request.stream:
             raise ApiError("stream_options is for streams: set stream, or leave it out.", param="stream_options")
-        service.worker.require_service()
         # In a thread: to tokenize megabytes takes seconds.
         prompts = await asyncio.to_thread(self.prompts, request)
         params = await self.params(request, prompts)

@@ -221,7 +221,7 @@ class Worker:
         Unavailable when there is no more service, Overloaded when the queue has no room.
         """
         self.require_service()
-        self.require_room(jobs)
+        self.require_room(len(jobs), sum(job.cost for job in jobs))
         call = Call(jobs, arrived, self.pause if stream else lambda: math.inf)
         self.streams += stream
         for job in jobs:
@@ -243,14 +243,14 @@ class Worker:
         """Seconds between two events of a stream, so that all streams together keep to their share."""
         return min(LONGEST_PAUSE, self.streams / self.limits.stream_events)
 
-    def require_room(self, jobs: list[Job]) -> None:
-        limits, cost = self.limits, sum(job.cost for job in jobs)
-        requests, tokens = len(self.waiting), sum(job.cost for job in self.waiting.values())
+    def require_room(self, more: int = 1, cost: int = 0) -> None:
+        """Raises Overloaded where `more` requests that may take `cost` tokens are too many to wait."""
+        limits, requests, tokens = self.limits, len(self.waiting), sum(job.cost for job in self.waiting.values())
         # A request that finds nobody waiting is taken however long it is: the context bounds it.
-        if requests and requests + len(jobs) > limits.max_waiting:
+        if requests and requests + more > limits.max_waiting:
             raise Overloaded(
-                f"{requests} requests wait, and {len(jobs)} more would exceed max_waiting = {limits.max_waiting}: try "
-                "again later.", self.seconds_for(tokens),
+                f"{requests} requests wait, and {more} more would exceed max_waiting = {limits.max_waiting}: try again "
+                "later.", self.seconds_for(tokens),
             )  # fmt: skip
         if requests and tokens + cost > limits.max_waiting_tokens:
             raise Overloaded(
