@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-
 # Read when OpenMP is loaded. Two processes share the cores, and a thread that spins at the end of a parallel loop takes
 # the other's time: seven files of tests took 117 s on two cores, and 79 where threads sleep at once.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
