@@ -1,6 +1,8 @@
 """What goes wrong, as the API says it: one sentence in the body that OpenAI's clients understand."""
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 
@@ -9,14 +11,12 @@ class ApiError(Exception):
 
     status = 400
     kind = "invalid_request_error"
+    headers: Mapping[str, str] = MappingProxyType({})
+    """Of the answer, beside the usual ones."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None):
         super().__init__(message)
         self.param, self.code = param, code
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {}
 
     def body(self) -> dict[str, Any]:
         """The error object of OpenAI's reference."""
@@ -25,10 +25,7 @@ class ApiError(Exception):
 
 class Unauthorized(ApiError):
     status = 401
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"WWW-Authenticate": "Bearer"}
+    headers = MappingProxyType({"WWW-Authenticate": "Bearer"})
 
 
 class Forbidden(ApiError):
@@ -61,11 +58,7 @@ class Overloaded(ApiError):
 
     def __init__(self, message: str, seconds: float):
         super().__init__(message, code="queue_full")
-        self.seconds = seconds
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Retry-After": str(max(1, math.ceil(self.seconds)))}
+        self.headers = {"Retry-After": str(max(1, math.ceil(seconds)))}
 
 
 class Failed(ApiError):
@@ -80,10 +73,7 @@ class Unavailable(ApiError):
 
     status = 503
     kind = "server_error"
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Retry-After": "5"}
+    headers = MappingProxyType({"Retry-After": "5"})
 
 
 class TimedOut(ApiError):
