@@ -159,8 +159,9 @@ def test_a_tokenizer_that_does_not_tell_its_end_is_refused(words):
     assert grammar.regex("a", several, end=END)().allowed().any()
 
 
-def test_a_missing_library_is_named(words, monkeypatch):
+@pytest.mark.parametrize("make", [lambda words: grammar.regex("a", words), grammar.json_object])
+def test_a_missing_library_is_named(make, words, monkeypatch):
     grammar.token_trie.cache_clear()
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(ConfigError, match=r"pip install 'moe-lm\[structured\]'"):
-        grammar.regex("a", words)
+    with pytest.raises(ConfigError, match=r"^grammars need .* pip install 'moe-lm\[structured\]'"):
+        make(words)

@@ -87,8 +87,9 @@ def json_schema(
         raise ConfigError(f"the JSON schema is not JSON: {error}.") from error
     if not isinstance(schema, dict):
         raise ConfigError(f"the JSON schema is {json.dumps(schema)}; it must be an object.")
+    matcher_class = library().LLMatcher
     try:
-        text = library().LLMatcher.grammar_from_json_schema(schema, overrides=JSON_FORM)
+        text = matcher_class.grammar_from_json_schema(schema, overrides=JSON_FORM)
     except ValueError as error:
         raise ConfigError(f"the JSON schema cannot be a grammar: {first_line(str(error))}.") from error
     return compiled("the JSON schema", text, tokenizer, end)
