@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from typing import Any, ClassVar
 
@@ -34,7 +35,7 @@ PASSED_ON = (
 """Fields that the engine knows by the same name."""
 
 
-class Endpoint:
+class Endpoint(ABC):
     """An ASGI app that answers one kind of request; its two kinds say what differs."""
 
     request_type: ClassVar[type[Generation]]
@@ -76,21 +77,21 @@ class Endpoint:
         if not request.stream:
             await JSONResponse(found)(scope, receive, send)
 
+    @abstractmethod
     def prompts(self, request: Generation) -> list[Prompt]:
         """Raises ApiError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fields(self, request: Generation, prompts: list[Prompt]) -> dict[str, Any]:
         """max_tokens, logprobs, stop, and what else of SamplingParams the kinds name differently."""
-        raise NotImplementedError
 
+    @abstractmethod
     def whole(self, choice: dict[str, Any]) -> dict[str, Any]:
         """A choice of an answer in one piece, from what Choice.read gives."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pieces(self, choice: dict[str, Any], first: bool) -> list[dict[str, Any]]:
         """The same of a stream: one or several."""
-        raise NotImplementedError
 
     async def params(self, request: Generation, prompts: list[Prompt]) -> SamplingParams:
         """How to sample. Raises ApiError."""

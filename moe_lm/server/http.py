@@ -45,7 +45,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
                 if len(body) > limits.max_body:
                     raise too_large
     except TimeoutError:
-        raise TooSlow(f"the body did not arrive within body_seconds = {limits.body_seconds:g}.") from None
+        raise TooSlow(f"the body did not arrive within {limits.body_seconds:g} s: send all of it at once.") from None
     return bytes(body)
 
 

@@ -1,4 +1,4 @@
-"""What the server takes on, at most. Every bound has a knob of serve.py."""
+"""What the server takes on, at most. Every bound but body_seconds is an option of serve.py."""
 
 from dataclasses import dataclass
 
