@@ -89,12 +89,28 @@ class Parser(argparse.ArgumentParser):
 
 
 def suggestion(option: str, known: Iterable[str]) -> str:
-    """`; did you mean X?`: the same key in another section, else the closest key in this one, else in any."""
-    section, _, key = option.replace("-", "_").lstrip("_").rpartition(".")
-    names = {name.lstrip("-").rpartition(".")[2].replace("-", "_"): name for name in known if name.startswith("--")}
-    siblings = [key for key, name in names.items() if section and name.startswith(f"--{section}.")]
-    close = difflib.get_close_matches(key, [key] if key in names else siblings or names, n=1)
+    """`; did you mean X?`: the same key in another section, else the closest key in this one, else in any.
+
+    Of several sections with a key it is the one that is spelt most alike, else the first: the model's width before that
+    of its vision encoder.
+    """
+    section, key = section_and_key(option)
+    # The first of several comes last, so that it is the one that a dict keeps.
+    places = [(*section_and_key(name), name) for name in known if name.startswith("--")][::-1]
+    same = {there: name for there, other, name in places if other == key}
+    if same:
+        close = difflib.get_close_matches(section, same, n=1) or list(same)[-1:]
+        return f"; did you mean {same[close[0]]}?"
+    siblings = {other: name for there, other, name in places if section and f"{there}.".startswith(f"{section}.")}
+    names = siblings or {other: name for _, other, name in places}
+    close = difflib.get_close_matches(key, names, n=1)
     return f"; did you mean {names[close[0]]}?" if close else "."
+
+
+def section_and_key(option: str) -> tuple[str, str]:
+    """`--model.vision.hidden-size` as `model.vision` and `hidden_size`."""
+    section, _, key = option.replace("-", "_").lstrip("_").rpartition(".")
+    return section, key
 
 
 @functools.cache
@@ -117,7 +133,7 @@ class Setting:
     kind: Any
     """The annotation."""
     default: Any
-    """The value where a config file leaves it out."""
+    """The value where a config file leaves it out; dataclasses.MISSING where it must not, having given its table."""
     doc: str
     """The string under the field."""
 
@@ -146,7 +162,7 @@ def type_name(kind: Any) -> str:
     if without_none(kind) is not kind:
         return f"{type_name(without_none(kind))}|none"
     if typing.get_origin(kind) is Literal:
-        return "|".join(typing.get_args(kind))
+        return "|".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:
         item = type_name(typing.get_args(kind)[0])
         return '["TEXT", ...]' if item == "TEXT" else f"[{item}, ...]"
@@ -164,12 +180,14 @@ def read_value(kind: Any, text: str, where: str) -> Any:
     if inner is not kind and text == "none":
         return None
     value: Any = text
-    if inner is bool:
+    if typing.get_origin(inner) is Literal:
+        value = next((choice for choice in typing.get_args(inner) if str(choice) == text), text)
+    elif inner is bool:
         value = {"true": True, "false": False}.get(text, text)
     elif inner in (int, float):
         with contextlib.suppress(ValueError):  # from_value refuses the text in the words of any wrong type
             value = inner(text)
-    elif inner is not str and typing.get_origin(inner) is not Literal:
+    elif inner is not str:
         try:
             (value,) = tomllib.loads(f"value = {text}").values()
         except ValueError:  # bad TOML, or a line break and a second key
@@ -194,12 +212,14 @@ def parse_run_config(
     description: str | None,
     default: str | Path = "configs/nano.toml",
     extra: Callable[[Parser], None] | None = None,
+    find: Callable[[Path], Path] = Path,
 ) -> tuple[RunConfig, argparse.Namespace]:
     """The config of the run, and the command's own arguments with the path of the config file as `config_path`.
 
     `[CONFIG] [--section.key value ...]`: the file, `default` if none is named, then each setting on top of it; the
     checks see only the result, so that settings that need each other change together. `extra(parser)` adds the
-    command's own options, none of them required. `--help` prints and exits. Raises ConfigError for what cannot work.
+    command's own options, none of them required; `find` turns what CONFIG says into the path of a file. `--help` prints
+    and exits. Raises ConfigError for what cannot work.
     """
     parser = Parser(description, add_help=False, usage="%(prog)s [CONFIG] [--section.key VALUE ...]")
     path_help = "the TOML file of the run (default %(default)s)"
@@ -210,6 +230,7 @@ def parse_run_config(
     known = {setting.name: setting for setting in settings()}
     actions = add_settings(parser, known.values())
     args, unknown = parser.parse_known_args(argv)
+    args.config_path = find(args.config_path)
     if vars(args).pop("help"):
         describe(parser, actions, known, args.config_path)
         parser.print_help()
@@ -252,8 +273,11 @@ def describe(parser: Parser, actions: dict[str, argparse.Action], known: dict[st
         for key in name.split("."):
             value = (value or {}).get(key)
         value = known[name].default if value is None else value
-        shown = "none" if value is None else toml_value(to_plain(value))
-        action.help = f"{known[name].doc}{table_keys(known[name].kind)} (default {shown})".replace("%", "%%")
+        if value is dataclasses.MISSING:
+            shown = "no default"
+        else:
+            shown = f"default {'none' if value is None else toml_value(to_plain(value))}"
+        action.help = f"{known[name].doc}{table_keys(known[name].kind)} ({shown})".replace("%", "%%")
 
 
 def table_keys(kind: Any) -> str:

@@ -38,7 +38,8 @@ def from_value(kind: Any, value: Any, where: str) -> Any:
         hints = typing.get_type_hints(kind)
         section = f"{where}." if where else ""
         for key in value:
-            require(key in hints, f"{section}{key} is not a known setting{nearest(key, hints, section)}")
+            if key not in hints:
+                raise ConfigError(f"{section}{key} is not a known setting{nearest(key, hints, section)}")
         parts = {key: from_value(hints[key], part, section + key) for key, part in value.items()}
         missing = [
             f.name for f in dataclasses.fields(kind)

@@ -16,6 +16,8 @@ SHAPES = {
     "moe, one kv head": {},
     "moe, shared expert, top-3": {"n_shared_experts": 1, "num_experts_per_tok": 3, "num_key_value_heads": 2},
     "dense, odd sizes": {"num_local_experts": 0, "hidden_size": 60, "num_attention_heads": 3, "head_dim": 22},
+    "first layer dense": {"first_k_dense_replace": 1, "moe_intermediate_size": 32, "n_shared_experts": 1},
+    "every second layer dense": {"expert_layer_period": 2, "expert_layer_offset": 0},
 }
 
 

@@ -20,7 +20,7 @@ ROOMS = {
     "config": set(),
     "toml": {"config"},
     "cli": {"config", "toml"},
-    "scaling": {"config"},
+    "scaling": {"config", "toml"},
     "model": {"config", "kernels"},
     "data": {"config"},
     "checkpoint": {"config", "toml", "model"},
@@ -36,6 +36,8 @@ GRANTED = {
     ("checkpoint", "moe_lm.data.tokenizer"): "a checkpoint holds its tokenizer, as a Hugging Face directory does",
     ("server", "moe_lm.data.tokenizer"): "requests arrive as text",
     ("train", "moe_lm.bench.machine"): "MFU is a share of what this machine was measured to do",
+    ("scaling", "moe_lm.cli"): "the room has a command of its own, python -m moe_lm.scaling",
+    ("scaling", "moe_lm.model"): "the meta-device check cuts the real model's weights",
     ("scaling", "moe_lm.bench.machine"): "plans for this machine start from its measured rates",
     ("train.py", "moe_lm.bench.talk"): "the program ends its run by letting the model talk and be timed",
 }
@@ -176,7 +178,7 @@ def test_packages_of_rooms():
         allowed = set(PACKAGES.get(room, ()))
         if module.startswith(("kernels.gpu", "kernels.check")):
             allowed |= {"triton"}
-        elif module == "kernels.bench.roofline":
+        elif module in ("kernels.bench.roofline", "moe_lm.scaling.plots"):
             allowed |= {"matplotlib"}
         elif room not in PACKAGES:
             allowed |= third_party(path) - {"triton", "transformers"}

@@ -1,5 +1,6 @@
 """The benchmark of generation: limits and counts by hand, who is timed how, the table, refusals, and one short run."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -37,9 +38,10 @@ def test_bytes_of_a_step_by_hand(experts):
     assert limits.step_bytes(HAND, 2, experts) == 2 * (HAND_FIXED + 2 * experts * 72)
 
 
-@pytest.mark.parametrize("kind", SMALL)
+@pytest.mark.parametrize("kind", [*SMALL, "mixed"])
 def test_bytes_of_a_step_with_every_expert_are_those_of_the_model(kind):
-    config = SMALL[kind]
+    mixed = {"first_k_dense_replace": 1, "moe_intermediate_size": 8, "n_shared_experts": 1}
+    config = SMALL[kind] if kind in SMALL else dataclasses.replace(SMALL["mixture"], **mixed)
     model = Transformer(config)
     weights = {name: p.numel() for name, p in model.named_parameters() if p.dim() > 1 and name != "embed_tokens"}
     assert limits.step_bytes(config, 4, config.num_local_experts) == 4 * sum(weights.values())

@@ -10,7 +10,18 @@ import pytest
 
 from moe_lm import cli
 from moe_lm.cli import Parser, field_docs, parse_run_config, read_value, run_main, settings, suggestion
-from moe_lm.config import ConfigError, DataConfig, ModelConfig, RopeScaling, RunConfig, SourceConfig, TrainConfig
+from moe_lm.config import (
+    ConfigError,
+    DataConfig,
+    LatentAttention,
+    Mamba,
+    ModelConfig,
+    RopeScaling,
+    RunConfig,
+    SourceConfig,
+    TrainConfig,
+    VisionEncoder,
+)
 from moe_lm.toml import load_config, to_toml
 
 SETTINGS = {setting.name: setting for setting in settings()}
@@ -244,9 +255,36 @@ def test_unknown_settings_come_before_the_file():
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_letter_missing_from_any_setting_is_found(name):
+    typo = missing_letter(name)
+    # Without their first letters, plan.tp, plan.pp and plan.ep are one: any of them will do.
+    meant = [other for other in SETTINGS if other == name or missing_letter(other) == typo]
+    said = suggestion(f"--{typo}", [f"--{known}" for known in SETTINGS])
+    assert said in [f"; did you mean --{other}?" for other in meant]
+
+
+def missing_letter(name: str) -> str:
     section, dot, key = name.rpartition(".")
-    typo = f"--{section}{dot}{key[1:]}"
-    assert suggestion(typo, [f"--{known}" for known in SETTINGS]) == f"; did you mean --{name}?"
+    return f"{section}{dot}{key[1:]}"
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [
+        ("--hidden_size", "--model.hidden_size"),
+        ("--gpu", "--plan.gpu"),
+        ("--draft-tokens", "--sample.draft_tokens"),
+        ("--modle.hidden_size", "--model.hidden_size"),
+        ("--model.vison.hidden_size", "--model.vision.hidden_size"),
+        ("--serve.gpu", "--serving.gpu"),
+        ("--servin.draft_tokens", "--serving.draft_tokens"),
+        ("--plan.dtyp", "--plan.dtype"),
+        ("--serving.dtyp", "--serving.dtype"),
+        ("--model.faktor", "--model.rope_scaling.factor"),
+        ("--train.tp", "--plan.tp"),
+    ],
+)
+def test_a_key_of_several_sections_is_found_in_the_nearest(typo, meant):
+    assert suggestion(typo, [f"--{known}" for known in SETTINGS]) == f"; did you mean {meant}?"
 
 
 # --help
@@ -275,7 +313,10 @@ def all_docs() -> dict[str, str]:
     docs = {name: doc for name, doc in field_docs(RunConfig).items() if name in ("run_dir", "draft")}
     for section in dataclasses.fields(RunConfig)[2:]:
         docs |= {f"{section.name}.{name}": doc for name, doc in field_docs(section.type).items()}
-    return docs | {f"model.rope_scaling.{name}": doc for name, doc in field_docs(RopeScaling).items()}
+    tables = {"rope_scaling": RopeScaling, "mla": LatentAttention, "mamba": Mamba, "vision": VisionEncoder}
+    for table, cls in tables.items():
+        docs |= {f"model.{table}.{name}": doc for name, doc in field_docs(cls).items()}
+    return docs
 
 
 def test_settings_are_all_fields():
@@ -295,6 +336,8 @@ def test_help_lists_every_setting_with_type_doc_and_default(capsys, config_file)
         "--train.steps INTEGER Optimizer steps of the whole run. (default 77)",
         "Width of the residual stream (d_model). (default 128)",
         "if not given. (default none)",
+        "--model.vision.patch_size INTEGER Pixels on a side of a patch; an image has (image_size / patch_size)^2 "
+        "tokens. (no default)",
         "Base of the rotary frequencies (Su et al. 2021). (default 10000.0)",
         '--train.decay cosine|linear Shape of the decay from the peak to the end. (default "cosine")',
         "Whether the output projection is the embedding itself. (default false)",

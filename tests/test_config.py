@@ -13,18 +13,29 @@ from moe_lm.config import (
     CheckpointConfig,
     ConfigError,
     DataConfig,
+    LatentAttention,
+    Mamba,
     ModelConfig,
     RopeScaling,
     RunConfig,
     SampleConfig,
+    ServingPlan,
     SourceConfig,
     TrainConfig,
+    TrainingPlan,
+    VisionEncoder,
 )
 from moe_lm.toml import from_value, load_config, to_dict, to_toml
 
 CLASSES = [
-    RopeScaling, ModelConfig, SourceConfig, DataConfig, TrainConfig, CheckpointConfig, SampleConfig, RunConfig,
+    RopeScaling, LatentAttention, Mamba, VisionEncoder, ModelConfig, SourceConfig, DataConfig, TrainConfig,
+    CheckpointConfig, SampleConfig, TrainingPlan, ServingPlan, RunConfig,
 ]  # fmt: skip
+
+MLA = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+VISION = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "image_size": 28, "patch_size": 14}
+NEEDED = {SourceConfig: {"path": "text"}, LatentAttention: MLA, VisionEncoder: VISION}
+"""Arguments that a class has no default for."""
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))  # no lone surrogates: they are no text, see the refusals
 POSITIVE = st.floats(min_value=1e-300, max_value=1e300)
@@ -106,6 +117,37 @@ def test_expert_size():
     assert not ModelConfig(num_local_experts=0).is_moe
 
 
+@pytest.mark.parametrize(
+    ("model", "routing"),
+    [
+        (ModelConfig(), [True] * 4),
+        (ModelConfig(num_local_experts=0), [False] * 4),
+        (ModelConfig(first_k_dense_replace=1), [False, True, True, True]),
+        (ModelConfig(expert_layer_period=2), [True, False] * 2),
+        (ModelConfig(expert_layer_period=2, expert_layer_offset=1), [False, True] * 2),
+        (ModelConfig(expert_layer_period=2, first_k_dense_replace=1), [False, False, True, False]),
+    ],
+)
+def test_which_layers_route(model, routing):
+    assert [model.routes(layer) for layer in range(4)] == routing
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({}, ()), ({"first_k_dense_replace": 1}, ()), ({"block": "gpt2"}, ("block",)), ({"mamba": Mamba()}, ("mamba",)),
+        ({"mla": LatentAttention(**MLA), "vision": VisionEncoder(**VISION)}, ("mla", "vision")),
+    ],
+)  # fmt: skip
+def test_what_is_only_planned_is_named(changes, names):
+    assert ModelConfig(**changes).only_planned == names
+
+
+def test_layers_with_attention():
+    assert [layer for layer in range(16) if ModelConfig(mamba=Mamba()).attends(layer)] == [4, 12]
+    assert all(ModelConfig().attends(layer) for layer in range(4))
+
+
 # The classes themselves
 
 
@@ -118,7 +160,7 @@ def test_every_field_has_a_docstring(cls):
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_frozen(cls):
-    config = cls("text") if cls is SourceConfig else cls()
+    config = cls(**NEEDED.get(cls, {}))
     for field in dataclasses.fields(cls):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(config, field.name, getattr(config, field.name))
@@ -133,9 +175,8 @@ def rows(cls: type, section: str, *cases: tuple) -> list:
     params = []
     for arguments, *parts in cases:
         name, value = next(iter(arguments.items()))
-        params.append(
-            pytest.param(cls, arguments, [f"{section}{name} = {value}", *parts], id=f"{cls.__name__}-{arguments}")
-        )
+        said = [f"{section}{name} = {value}", *parts]
+        params.append(pytest.param(cls, NEEDED.get(cls, {}) | arguments, said, id=f"{cls.__name__}-{arguments}"))
     return params
 
 
@@ -152,10 +193,32 @@ REFUSALS = [
         ({"high_freq_factor": 4.0, "low_freq_factor": 8.0}, "low_freq_factor = 8.0"),
         ({"high_freq_factor": 4.0, "low_freq_factor": 0.0}, "low_freq_factor = 0.0", "above 0"),
     ),
+    *not_positive(LatentAttention, "model.mla.", *MLA),
+    *rows(LatentAttention, "model.mla.", ({"q_lora_rank": -1}, "0 (none)")),
+    *not_positive(Mamba, "model.mamba.", "attn_layer_period", "d_state", "d_conv", "expand", "dt_rank"),
+    *rows(
+        Mamba, "model.mamba.",
+        ({"attn_layer_offset": -1}, "attn_layer_period = 8"), ({"attn_layer_offset": 8}, "attn_layer_period = 8"),
+    ),
+    *not_positive(VisionEncoder, "model.vision.", *VISION, "cross_attention_period"),
+    *rows(
+        VisionEncoder, "model.vision.",
+        ({"image_size": 30}, "patch_size = 14"), ({"cross_attention_intermediate_size": -1}, "0 or more"),
+    ),
     *not_positive(
         ModelConfig, "", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "max_position_embeddings", "rope_theta", "rms_norm_eps", "initializer_range",
-        "moe_intermediate_size",
+        "moe_intermediate_size", "expert_layer_period",
+    ),
+    *(
+        pytest.param(
+            ModelConfig, {"num_local_experts": 0, name: 1} | others, [name, "num_local_experts = 0"],
+            id=f"ModelConfig-dense-{name}",
+        )
+        for name, others in (
+            ("first_k_dense_replace", {}), ("expert_layer_period", {"expert_layer_period": 2}),
+            ("expert_layer_offset", {"expert_layer_period": 2}),
+        )
     ),
     *rows(
         ModelConfig, "",
@@ -169,6 +232,10 @@ REFUSALS = [
         ({"n_shared_experts": 1, "num_local_experts": 0}, "num_local_experts"),
         ({"num_experts_per_tok": 0}, "num_local_experts = 16"),
         ({"num_experts_per_tok": 5, "num_local_experts": 4}, "num_local_experts = 4"),
+        ({"first_k_dense_replace": -1}, "num_hidden_layers = 4"),
+        ({"first_k_dense_replace": 4}, "num_hidden_layers = 4"),
+        ({"expert_layer_offset": -1}, "expert_layer_period = 1"),
+        ({"expert_layer_offset": 2, "expert_layer_period": 2}, "expert_layer_period = 2"),
         ({"router_aux_loss_coef": -0.1}, "0 or more"),
         ({"router_z_loss_coef": -0.1}, "0 or more"),
         ({"router_jitter_noise": -0.1}, "at least 0"),
@@ -201,6 +268,16 @@ REFUSALS = [
     *not_positive(CheckpointConfig, "checkpoint.", "every", "keep"),
     *not_positive(SampleConfig, "sample.", "max_tokens", "draft_tokens"),
     *rows(SampleConfig, "sample.", ({"temperature": -0.5}, "0 or more")),
+    *not_positive(
+        TrainingPlan, "plan.", "tp", "pp", "ep", "interleave", "micro_batch", "gpus", "zero_group", "price",
+    ),
+    *rows(TrainingPlan, "plan.", ({"expert_imbalance": 0.9}, "at least 1")),
+    *not_positive(ServingPlan, "serving.", "tp", "pp", "ep", "batch", "prompt_tokens", "output_tokens", "price"),
+    *rows(
+        ServingPlan, "serving.",
+        ({"draft_tokens": -1}, "0 (none)"), ({"acceptance": -0.1}, "between 0 and 1"),
+        ({"acceptance": 1.1}, "between 0 and 1"),
+    ),
     pytest.param(
         RunConfig, {"data": DataConfig(sequence_length=2048)},
         ["data.sequence_length = 2048", "model.max_position_embeddings = 1024"], id="RunConfig-sequence_length",
@@ -237,6 +314,12 @@ def test_refusal_names_the_value_and_the_field(cls: type, arguments: dict[str, A
         (TrainConfig, {"beta1": 0.0, "min_learning_rate_ratio": 1.0, "max_grad_norm": 0.0, "weight_decay": 0.0}),
         (TrainConfig, {"batch_tokens_start": 8192, "batch_ramp_steps": 1}),
         (SampleConfig, {"temperature": 0.0, "prompts": ()}),
+        (ModelConfig, {"first_k_dense_replace": 3}),
+        (ModelConfig, {"expert_layer_period": 4, "expert_layer_offset": 3}),
+        (Mamba, {"attn_layer_offset": 7}),
+        (VisionEncoder, VISION | {"image_size": 14}),
+        (TrainingPlan, {"expert_imbalance": 1.0, "gpus": 1, "zero_group": 1}),
+        (ServingPlan, {"acceptance": 1.0, "draft_tokens": 1}),
     ],
 )
 def test_the_edge_is_allowed(cls, arguments):

@@ -12,6 +12,7 @@ from moe_lm.data import train_tokenizer
 from moe_lm.engine import Engine, SamplingParams, TextStream
 from moe_lm.engine.batch import Piece
 from moe_lm.engine.runner import Ahead, Runner
+from moe_lm.model.attention import whole_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = ("none", "ngram", "draft", "staged")
@@ -43,6 +44,24 @@ def test_decoding_computes_the_plain_forward(shape, native):
     assert len(output.tokens) == 12
     assert output.finish_reason == "length"
     no_leak(engine)
+
+
+@NATIVE
+@pytest.mark.parametrize("shape", ["first layer dense", "every second layer dense"])
+def test_a_model_with_dense_layers_beside_routing_ones_writes_what_it_is_forced_to(shape, native):
+    model = make_model(6, **SHAPES[shape])
+    prompt = torch.randint(0, VOCABULARY, (20,)).tolist()
+    engine = Engine(model, native=native)
+    [output] = engine.generate([prompt], SamplingParams(max_tokens=16, temperature=0, experts=True))[0].samples
+    tokens = prompt + output.tokens
+    assert output.tokens == teacher_forced(model, tokens)[len(prompt) - 1 : -1].argmax(1).tolist()
+    positions = torch.arange(len(tokens) - 1)[None]
+    with torch.no_grad():
+        [routed] = model.hidden_states(torch.tensor([tokens[:-1]]), positions, whole_rows())[1]
+    chosen = routed.routing.experts[len(prompt) - 1 :]
+    assert [sorted(layer) for [layer] in output.experts] == chosen.sort().values.tolist()
+    assert engine.stats.expert_tokens.shape == (1, 8)
+    assert engine.stats.expert_tokens.sum() == (len(tokens) - 1) * routed.routing.experts.shape[1]
 
 
 @NATIVE

@@ -1,8 +1,7 @@
-"""The model against its formulas: what a token sees, what it weighs, what its router is charged, what it computes."""
+"""The model against its formulas: what a token sees, what its router is charged, what it computes."""
 
 import math
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,18 +9,14 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from kernels import registry
 from moe_lm.config import ModelConfig, RopeScaling
 from moe_lm.model import Transformer
 from moe_lm.model.attention import whole_rows
+from moe_lm.model.layers import rotary_angles
 from moe_lm.model.moe import MoE, Routed, load_balancing_loss, router_entropy, router_z_loss
-from moe_lm.scaling.counts import forward_flops_per_token, parameters, train_flops_per_token
-from moe_lm.toml import load_config
-
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 SHAPES = {
     "mixture": {},
@@ -31,6 +26,8 @@ SHAPES = {
         "num_local_experts": 0, "hidden_size": 60, "num_attention_heads": 3, "head_dim": 22, "num_key_value_heads": 3,
         "tie_word_embeddings": True,
     },
+    "first layer dense": {"first_k_dense_replace": 1, "moe_intermediate_size": 16, "n_shared_experts": 1},
+    "every second layer dense": {"expert_layer_period": 2, "expert_layer_offset": 1, "num_hidden_layers": 4},
 }  # fmt: skip
 
 
@@ -132,74 +129,7 @@ def test_positions_count_from_zero_and_only_their_differences_matter(scaling):
             assert_close(model(tokens), stretched)
 
 
-# What it weighs
-
-LAYOUTS = {
-    "default": ModelConfig(),
-    "dense": ModelConfig(num_local_experts=0),
-    "tied": ModelConfig(tie_word_embeddings=True),
-    "grouped": ModelConfig(num_key_value_heads=4),
-    "wide heads": ModelConfig(head_dim=50, num_key_value_heads=2),
-    "shared experts": ModelConfig(n_shared_experts=2, num_experts_per_tok=6, num_local_experts=64),
-    "narrow experts": ModelConfig(moe_intermediate_size=96, n_shared_experts=1),
-    "Llama-2-7B": ModelConfig(32000, 4096, 11008, 32, 32, 32, num_local_experts=0),
-    "Llama-3-8B": ModelConfig(128256, 4096, 14336, 32, 32, 8, num_local_experts=0),
-    "Mistral-7B": ModelConfig(32000, 4096, 14336, 32, 32, 8, num_local_experts=0),
-    "Mixtral-8x7B": ModelConfig(32000, 4096, 14336, 32, 32, 8, num_local_experts=8),
-    "GPT-4, 1.8T": ModelConfig(100352, 14848, 20480, 120, 120, 1, head_dim=128),
-} | {path.stem: load_config(path).model for path in sorted(CONFIGS.glob("*.toml"))}
-
-PUBLISHED = {
-    "Llama-2-7B": 6_738_415_616,
-    "Llama-3-8B": 8_030_261_248,
-    "Mistral-7B": 7_241_732_096,
-    "Mixtral-8x7B": 46_702_792_704,
-}
-"""The number of weights in the released files."""
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_counted_parameters_are_those_of_the_built_model(name):
-    config = LAYOUTS[name]
-    with torch.device("meta"):
-        model = Transformer(config)
-    built = dict.fromkeys(("embedding", "attention", "router", "mlp", "norms", "output"), 0)
-    for parameter_name, parameter in model.named_parameters():
-        part = next(
-            part
-            for part, mark in {
-                "embedding": "embed_tokens", "output": "lm_head", "norms": "norm", "attention": "self_attn",
-                "router": "mlp.gate.", "mlp": "mlp",
-            }.items()
-            if mark in parameter_name
-        )  # fmt: skip
-        built[part] += parameter.numel()
-    counts = parameters(config)
-    assert built == {part: getattr(counts, part) for part in built}
-    assert counts.total == sum(parameter.numel() for parameter in model.parameters())
-    idle = 0
-    if config.is_moe:
-        each = sum(weight[0].numel() for weight in model.layers[0].mlp.experts.parameters())
-        idle = config.num_hidden_layers * (config.num_local_experts - config.num_experts_per_tok) * each
-    assert counts.active == counts.total - idle
-    if name in PUBLISHED:
-        assert counts.total == PUBLISHED[name]
-
-
-def test_the_full_size_layout_has_the_reported_totals():
-    counts = parameters(LAYOUTS["GPT-4, 1.8T"])
-    assert counts.mlp / 16 == pytest.approx(109.5e9, rel=1e-3)
-    assert counts.attention == pytest.approx(55.19e9, rel=1e-3)
-    assert counts.embedding + counts.output == pytest.approx(2.98e9, rel=1e-3)
-    assert counts.total == pytest.approx(1.810e12, rel=1e-3)
-    assert counts.active == pytest.approx(277.1e9, rel=1e-3)
-
-
-def test_the_dense_baseline_has_the_active_parameters_of_nano():
-    sparse, dense = (parameters(LAYOUTS[name]) for name in ("nano", "nano-dense"))
-    assert LAYOUTS["nano"].is_moe
-    assert not LAYOUTS["nano-dense"].is_moe
-    assert dense.total == dense.active == sparse.active - sparse.router
+# What it computes at full size
 
 
 def test_the_forward_pass_runs_on_the_meta_device_at_full_width():
@@ -256,6 +186,48 @@ def test_router_losses_are_means_over_layers_weighted_by_the_config():
     dense = make_model(shape(num_local_experts=0)).losses(*batch)
     assert dense.router_loss(config) == 0
     assert dense.expert_counts.numel() == dense.router_entropy.numel() == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "routing"),
+    [
+        ({"first_k_dense_replace": 1, "num_hidden_layers": 3, "n_shared_experts": 1}, [1, 2]),
+        ({"expert_layer_period": 2, "num_hidden_layers": 4}, [0, 2]),
+        ({"expert_layer_period": 2, "expert_layer_offset": 1, "num_hidden_layers": 3}, [1]),
+    ],
+)
+def test_layers_that_do_not_route_have_a_dense_mlp(changes, routing):
+    config = shape(moe_intermediate_size=12, **changes)
+    model, (tokens, *_) = make_model(config), rows(config, count=1)
+    assert [layer for layer, block in enumerate(model.layers) if isinstance(block.mlp, MoE)] == routing
+    with torch.no_grad():
+        x, angles = model.embed_tokens[tokens[0]], rotary_angles(config, torch.arange(20))
+        for layer, block in enumerate(model.layers):
+            x = x + block.self_attn(block.input_layernorm(x)[None], angles, whole_rows())[0]
+            normed = block.post_attention_layernorm(x)
+            y = []
+            for token in normed:
+                if layer not in routing:
+                    assert block.mlp.down_proj.weight.shape == (32, 24)
+                    y.append(swiglu(token, block.mlp.gate_up_proj.weight, block.mlp.down_proj.weight))
+                    continue
+                p, chosen = (block.mlp.gate.weight @ token).softmax(0).topk(2)
+                weights = zip(p / p.sum(), chosen.tolist(), strict=True)
+                experts = block.mlp.experts
+                y.append(sum(w * swiglu(token, experts.gate_up_proj[e], experts.down_proj[e]) for w, e in weights))
+                if config.n_shared_experts:
+                    shared = block.mlp.shared_experts
+                    y[-1] = y[-1] + swiglu(token, shared.gate_up_proj.weight, shared.down_proj.weight)
+            x = x + torch.stack(y)
+        assert_close(model(tokens)[0], model.norm(x) @ model.lm_head.weight.T)
+    losses = model.losses(*rows(config))
+    assert losses.expert_counts.shape == (len(routing), 4)
+    assert losses.router_entropy.shape == (len(routing),)
+
+
+def swiglu(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    gate, up = (gate_up @ x).chunk(2)
+    return down @ (F.silu(gate) * up)
 
 
 def make_moe(**changes) -> MoE:
@@ -405,30 +377,3 @@ def test_a_compiled_training_step_is_the_same_step(fullgraph):
     assert compiled.item() == loss
     for name, gradient in gradients(model).items():
         assert torch.equal(gradient, want[name]), name
-
-
-def counted_flops(config: ModelConfig, count: int, length: int) -> int:
-    """Matrix products of a training step on the reference, which is plain torch and so can be seen into."""
-    model = make_model(config)
-    tokens = torch.randint(0, config.vocab_size, (count, length))
-    with kernels.use_backend("reference"), FlopCounterMode(display=False) as counter:
-        training_loss(model, (tokens, tokens, torch.arange(length).expand(count, length))).backward()
-    return counter.get_total_flops()
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"num_local_experts": 0},
-        {"num_local_experts": 0, "num_key_value_heads": 4, "head_dim": 10, "tie_word_embeddings": True},
-        # The reference sends every token to all experts, so here all of them are active.
-        {"num_experts_per_tok": 4, "n_shared_experts": 1},
-    ],
-)
-def test_flops_of_training_are_those_that_torch_counts(changes):
-    config, count, length = shape(**changes), 3, 16
-    counted = counted_flops(config, count, length) / (count * length)
-    # The reference multiplies whole squares of scores, the formula counts what is causal.
-    assert counted == 3 * forward_flops_per_token(config, context=length)
-    causal = 3 * 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * (length - 1) / 2
-    assert train_flops_per_token(config, length) == counted - causal

@@ -37,6 +37,11 @@ SHAPES = {
         "intermediate_size": 96, "num_attention_heads": 9, "head_dim": 32, "num_hidden_layers": 3,
         "initializer_range": 0.1,
     },
+    "first layer dense": {
+        "first_k_dense_replace": 1, "num_hidden_layers": 3, "moe_intermediate_size": 32, "intermediate_size": 80,
+        "n_shared_experts": 1,
+    },
+    "last layer dense": {"expert_layer_period": 2, "num_hidden_layers": 4, "moe_intermediate_size": 80},
 }  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -21,12 +21,14 @@ from tiny_run import tiny_config, write_corpus
 from moe_lm.bench import machine
 from moe_lm.checkpoint import resolve_model_dir
 from moe_lm.config import SourceConfig
+from moe_lm.scaling import laws
 from moe_lm.toml import load_config, to_toml
 from moe_lm.train.metrics import read_metrics
 from serve import make_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
+PLANNER = (ROOT / "docs" / "scaling.md").read_text("utf-8")
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 SNIPPETS = [text for language, text in FENCES if language == "python"]
 COMMANDS = [
@@ -46,6 +48,7 @@ FASTER = {
     "kernels.bench --predict": [],
     "kernels.check": ["--only", "rms norm"],
     "moe_lm.bench": ["--quick", "--turns", "1"],
+    "moe_lm.bench forecast": ["--turns", "1"],
     "moe_lm.bench.speculation": ["--max-tokens", "8", "--repeats", "1"],
     "moe_lm.generate": ["--max-tokens", "16"],
 }
@@ -99,11 +102,14 @@ def call(monkeypatch, words: list[str]) -> None:
     """What `python WORDS` does, in this process: importing torch again for every command would take minutes."""
     module = words[1] if words[0] == "-m" else None
     arguments = words[2:] if module else words[1:]
-    monkeypatch.setattr(sys, "argv", [words[0], *arguments, *FASTER.get(module, [])])
+    faster = FASTER.get(" ".join(words[1:3]), FASTER.get(module, []))
+    monkeypatch.setattr(sys, "argv", [words[0], *arguments, *faster])
     status = None
     try:
         if module:
-            monkeypatch.delitem(sys.modules, module, raising=False)  # else runpy warns that it is there already
+            package = ROOT.joinpath(*module.split(".")).is_dir()
+            program = f"{module}.__main__" if package else module
+            monkeypatch.delitem(sys.modules, program, raising=False)  # else runpy warns that it is there already
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(words[0], run_name="__main__")
@@ -240,9 +246,32 @@ def test_measuring_command(command, here, monkeypatch, capfd):
     expected = {
         "moe_lm.bench.machine": "float32 GEMM", "moe_lm.bench.speculation": "greedy",
         "moe_lm.bench generate": '{"cases": [', "moe_lm.bench serve": '"failures": []',
+        "moe_lm.bench forecast": "training           predicted",
     }  # fmt: skip
     named = words[1] if words[1] in expected else " ".join(words[1:3])
     assert expected[named] in shown
+
+
+SCALING = re.findall(r"^python -m moe_lm\.scaling .*?(?=\s+#|$)", README + PLANNER, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(SCALING))
+def test_planning_command(command, tmp_path, monkeypatch, capfd):
+    """Those of docs/scaling.md, too, on the real configs: nothing is built."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        laws, "read_runs", lambda names: [laws.Point(f"run {i}", 1e15 * 4**i, 1 + 2.0**-i) for i in range(5)]
+    )
+    monkeypatch.setattr(machine, "best_seconds", lambda run, device: machine.median_seconds(run, device, 0.001))
+    call(monkeypatch, shlex.split(command)[1:])
+    words, shown = shlex.split(command), capfd.readouterr().out
+    if "--json" in words:
+        json.loads(shown)
+    expected = {"--facts": "reported, unconfirmed", "--validate": "bar 25%: pass", "fit": "FLOP"}
+    assert expected.get(words[3], "the fastest" if "--search" in words else words[3]) in shown
+    for option in ("--plot", "--html"):
+        if option in words:
+            assert Path(value_of(words, option)).exists()
 
 
 @pytest.mark.parametrize("command", [command for command in RUN if command.startswith("python -m kernels.")])
@@ -263,6 +292,7 @@ def test_every_command_that_runs_is_run_above():
         "python serve.py",
         "python -m moe_lm.generate ",
         "python -m moe_lm.bench",
+        "python -m moe_lm.scaling",
         "python -m kernels.",
     )
     assert all(command.startswith(kinds) for command in RUN)
@@ -284,7 +314,7 @@ def test_snippet(snippet, here, capfd):
     assert shown.strip() or "print" not in snippet
 
 
-@pytest.mark.parametrize("document", ["engine", "kernels"])
+@pytest.mark.parametrize("document", ["engine", "kernels", "scaling"])
 def test_snippets_of_a_document(document, here, capfd):
     """One after the other, as they are read."""
     names = {"__name__": document}

@@ -16,7 +16,7 @@ from torch.nn.functional import log_softmax
 from moe_lm.config import ConfigError, TrainConfig
 from moe_lm.data.packing import IGNORED
 from moe_lm.model.attention import whole_rows
-from moe_lm.train import Trainer, loop, metrics
+from moe_lm.train import Trainer, loop, memory, metrics
 from moe_lm.train.evaluate import Evaluation, evaluate
 from moe_lm.train.metrics import MetricsLog, ProgressLine, read_metrics
 from moe_lm.train.schedule import batch_rows, learning_rate
@@ -114,6 +114,48 @@ def test_losses_are_those_of_plain_loops(data, tmp_path):
     config = dataclasses.replace(MODEL, router_aux_loss_coef=0.5, router_z_loss_coef=0.25)
     assert losses.router_loss(config).item() == pytest.approx(0.25 * sum(aux) + 0.125 * sum(z), rel=1e-5)
     assert losses.nll.item() == pytest.approx(by_hand(model, batch), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "routing"),
+    [
+        ({"first_k_dense_replace": 1, "num_hidden_layers": 3}, 2),
+        ({"expert_layer_period": 2, "num_hidden_layers": 4}, 2),
+    ],
+)
+def test_dense_layers_beside_routing_ones_are_trained(changes, routing, data, tmp_path):
+    trainer = Trainer(tiny_config(data.config, moe_intermediate_size=24, **changes), tmp_path, data)
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    losses = [trainer.train_step() for _ in range(3)]
+    assert losses[2]["loss"] < losses[0]["loss"]
+    for (name, now), then in zip(trainer.model.named_parameters(), before, strict=True):
+        assert not torch.equal(now, then), name
+    for line in losses:
+        assert len(line["expert_load"]) == len(line["router_entropy"]) == routing
+        assert [sum(load) for load in line["expert_load"]] == pytest.approx([1] * routing, abs=1e-4)
+    trainer.evaluate()
+    assert len(trainer.evaluation.expert_counts) == routing
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_what_training_holds_is_foreseen(optimizer, data, tmp_path, monkeypatch):
+    config = tiny_config(data.config, optimizer=optimizer, n_shared_experts=1)
+    trainer = Trainer(config, tmp_path, data)
+    batch = trainer.micro_batches()[0]
+    trainer.model.losses(batch.tokens, batch.targets, batch.positions, batch.documents).nll.backward()
+    parameters = list(trainer.model.parameters())
+    held = [*parameters, *(parameter.grad for parameter in parameters)]
+    trainer.optimizer.step()
+    held += [value for state in trainer.optimizer.state.values() for value in state.values() if value.dim()]
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    assert memory.state_bytes(config) == needed
+    monkeypatch.setattr(memory, "memory_of", lambda device: needed)
+    memory.check_memory(config)
+    monkeypatch.setattr(memory, "memory_of", lambda device: needed - 1)
+    with pytest.raises(ConfigError, match=rf"to train, .* of train.optimizer = {optimizer}, and cpu has .* GB: lower "):
+        memory.check_memory(config)
+    monkeypatch.setattr(memory, "memory_of", lambda device: None)
+    memory.check_memory(config)
 
 
 def by_hand(model, batch):

@@ -10,8 +10,9 @@ results are the same on one kind of machine only. The residual stream, softmax a
 where torch's bfloat16 model rounds the stream; bfloat16 is what enters a product, queries and probabilities among it
 where attention runs on tiles.
 
-N tokens, S sequences, R rows with logits, L layers, D hidden width, H query heads, G key-value heads, C channels of a
-head, E experts, K experts per token, F expert width, V vocabulary, P rows of a page.
+N tokens, S sequences, R rows with logits, L layers, M of them with a router, D hidden width, H query heads, G key-value
+heads, C channels of a head, E experts, K experts per token, F expert width, Fd that of a dense layer, V vocabulary, P
+rows of a page.
 """
 
 import ctypes
@@ -55,8 +56,8 @@ class ModelArgs(ctypes.Structure):
         *(
             (name, c_int64)
             for name in (
-                "layers", "hidden", "heads", "kv_heads", "head_dim", "width", "experts", "top", "shared_width",
-                "vocabulary", "half_weights", "half_cache",
+                "layers", "hidden", "heads", "kv_heads", "head_dim", "width", "dense_width", "experts", "top",
+                "shared_width", "vocabulary", "half_weights", "half_cache",
             )
         ),
         ("eps", c_double),
@@ -136,11 +137,11 @@ class Decoder:
     """The model's weights, by reference, and the room that a step works in.
 
     `layers` holds for each layer: input_layernorm and post_attention_layernorm (D,), qkv_proj ((H + 2 G) C, D), o_proj
-    (D, H C); in a mixture gate (E, D), gate_up_proj (E, 2 F, D) and down_proj (E, D, F), with gate rows before up rows,
-    and, if there are shared experts, shared_gate_up_proj (2 Fs, D) and shared_down_proj (D, Fs); in a dense layer
-    gate_up_proj (2 F, D) and down_proj (D, F). embed_tokens and lm_head (V, D), norm (D,). Matrices are contiguous, of
-    one dtype, float32 or bfloat16, and used in place: a later change of them is seen. Norms and gates are copied as
-    float32.
+    (D, H C); in a layer with a router gate (E, D), gate_up_proj (E, 2 F, D) and down_proj (E, D, F), with gate rows
+    before up rows, and, if there are shared experts, shared_gate_up_proj (2 Fs, D) and shared_down_proj (D, Fs); in a
+    dense layer gate_up_proj (2 Fd, D) and down_proj (D, Fd). Layers of a kind are of one shape. embed_tokens and
+    lm_head (V, D), norm (D,). Matrices are contiguous, of one dtype, float32 or bfloat16, and used in place: a later
+    change of them is seen. Norms and gates are copied as float32.
 
     One step at a time: concurrent calls of `forward` wait for each other. Raises ValueError for weights that it cannot
     use, kernels.cpu.native.BuildError if the library cannot be compiled.
@@ -158,28 +159,31 @@ class Decoder:
         self._library = library(generic)
         self._lock = threading.Lock()
         self._workspace = torch.empty(0, dtype=torch.uint8)
-        first = layers[0]
-        experts = len(first["gate"]) if "gate" in first else 0
+        mixtures = [weights for weights in layers if "gate" in weights]
+        experts = len(mixtures[0]["gate"]) if mixtures else 0
         self.num_layers, self.vocabulary, self.head_dim, self.kv_heads = len(layers), vocabulary, head_dim, kv_heads
-        self.top_k = top_k if experts else 0
-        width = first["down_proj"].shape[-1]
-        shared = first["shared_down_proj"].shape[-1] if "shared_down_proj" in first else 0
-        qkv, of_experts = (heads + 2 * kv_heads) * head_dim, (experts,) if experts else ()
+        self.num_mixtures, self.top_k = len(mixtures), top_k if experts else 0
+        width = mixtures[0]["down_proj"].shape[-1] if mixtures else 0
+        dense_width = next((weights["down_proj"].shape[-1] for weights in layers if "gate" not in weights), 0)
+        shared = mixtures[0]["shared_down_proj"].shape[-1] if mixtures and "shared_down_proj" in mixtures[0] else 0
+        qkv = (heads + 2 * kv_heads) * head_dim
         args = (LayerArgs * len(layers))()
         for layer, weights in zip(args, layers, strict=True):
             layer.input_norm = self._as_float32(weights["input_layernorm"], hidden)
             layer.post_norm = self._as_float32(weights["post_attention_layernorm"], hidden)
             layer.qkv = self._in_place(weights["qkv_proj"], qkv, hidden)
             layer.attention_out = self._in_place(weights["o_proj"], hidden, heads * head_dim)
-            layer.gate_up = self._in_place(weights["gate_up_proj"], *of_experts, 2 * width, hidden)
-            layer.down = self._in_place(weights["down_proj"], *of_experts, hidden, width)
-            if experts:
+            routes = "gate" in weights
+            inner, of_experts = (width, (experts,)) if routes else (dense_width, ())
+            layer.gate_up = self._in_place(weights["gate_up_proj"], *of_experts, 2 * inner, hidden)
+            layer.down = self._in_place(weights["down_proj"], *of_experts, hidden, inner)
+            if routes:
                 layer.router = self._as_float32(weights["gate"], experts, hidden)
-            if shared:
+            if routes and shared:
                 layer.shared_gate_up = self._in_place(weights["shared_gate_up_proj"], 2 * shared, hidden)
                 layer.shared_down = self._in_place(weights["shared_down_proj"], hidden, shared)
         self._model = ModelArgs(
-            len(layers), hidden, heads, kv_heads, head_dim, width, experts, self.top_k, shared, vocabulary,
+            len(layers), hidden, heads, kv_heads, head_dim, width, dense_width, experts, self.top_k, shared, vocabulary,
             self.dtype == torch.bfloat16, False, eps, self._in_place(embed_tokens, vocabulary, hidden),
             self._in_place(lm_head, vocabulary, hidden), self._as_float32(norm, hidden), args,
         )  # fmt: skip
@@ -206,12 +210,12 @@ class Decoder:
         self, tokens: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, page_table: Tensor, query_offsets: Tensor,
         lengths: Tensor, keys: Tensor, values: Tensor, rows: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Logits float32 (R, V) of the wanted rows, and the chosen experts int32 (L, N, K), largest weight first.
+        """Logits float32 (R, V) of the wanted rows, and the chosen experts int32 (M, N, K), largest weight first.
 
         tokens and slots (N,), page_table (S, pages per sequence), query_offsets (S + 1,), lengths (S,) and rows (R,)
         with R <= N, all int64; cos and sin (N, C / 2) float32; keys and values (L, pages, P, G, C), of the weights'
         dtype or float32, to which the new tokens' are added where their slot is not negative. The layout is that of
-        kernels.rope_append and kernels.paged_attention. K is 0 in a dense model.
+        kernels.rope_append and kernels.paged_attention. M and K are 0 in a dense model.
 
         Raises IndexError for a token, slot, row or page that is outside of what it indexes.
         """
@@ -225,7 +229,7 @@ class Decoder:
         for x in inputs[:6]:
             assert x.dtype == torch.int64, x.dtype
         logits = torch.empty(R, self.vocabulary)
-        experts = torch.empty(self.num_layers, N, self.top_k, dtype=torch.int32)
+        experts = torch.empty(self.num_mixtures, N, self.top_k, dtype=torch.int32)
         step = StepArgs(
             N, S, page_table.shape[1], keys.shape[2], keys.shape[1], R, torch.get_num_threads(),
             *[x.data_ptr() for x in (*inputs, keys, values, logits, experts)],

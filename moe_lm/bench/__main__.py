@@ -1,6 +1,7 @@
 """Every benchmark under one name.
 
     python -m moe_lm.bench machine                      # matrix rate and read bandwidth of this machine
+    python -m moe_lm.bench forecast                     # the planner beside this machine
     python -m moe_lm.bench generate runs/nano           # prefill, decoding and a trace of requests
     python -m moe_lm.bench speculation runs/nano --draft runs/nano/draft
     python -m moe_lm.bench serve runs/nano              # the server under load, and what HTTP costs
@@ -13,7 +14,7 @@ import sys
 
 from moe_lm.cli import Parser, run_main
 
-NAMES = ("generate", "machine", "serve", "speculation")
+NAMES = ("forecast", "generate", "machine", "serve", "speculation")
 
 
 def main(argv: list[str]) -> None:

@@ -171,7 +171,7 @@ class Contest:
 
     def experts(self, name: str) -> float:
         """Distinct experts of a layer that an engine's steps read."""
-        return distinct_experts(self.engines[name].stats, self.model.config.num_hidden_layers)
+        return distinct_experts(self.engines[name].stats, len(self.model.config.routing_layers))
 
     def probe(self, case: Case) -> tuple[float, float]:
         """What the machine can do now: FLOP/s and bytes read per second; of these only what the case's limit takes."""

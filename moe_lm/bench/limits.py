@@ -3,35 +3,31 @@
 A step of decoding must read the weights that its tokens use: attention, routers, shared experts and the output
 projection once, and every routed expert that one of the tokens chose. Keys and values are left out, as are the norms
 and the rows of the token table, which are small beside that. D hidden width, F expert width, E experts, K experts per
-token, L layers, V vocabulary.
+token, V vocabulary.
 """
 
 from moe_lm.bench.workload import Workload
 from moe_lm.config import ModelConfig
 from moe_lm.scaling.counts import forward_flops_per_token, parameters
+from moe_lm.scaling.routing import expected_distinct
 
 
 def step_bytes(config: ModelConfig, itemsize: int, experts: float) -> float:
-    """Bytes of the weights that one step reads, its tokens having chosen `experts` distinct experts in a layer.
+    """Bytes of the weights that one step reads, its tokens having chosen `experts` distinct experts in a routing layer.
 
-    `itemsize` is that of a weight. A dense model has no experts, and all of its MLPs are read.
+    `itemsize` is that of a weight. All of the dense MLPs are read.
     """
     counts = parameters(config)
-    width, layers = config.hidden_size, config.num_hidden_layers
-    mlp = layers * (experts + config.n_shared_experts) * 3 * width * config.expert_size
-    weights = counts.attention + counts.router + config.vocab_size * width + (mlp if config.is_moe else counts.mlp)
-    return weights * itemsize
+    routed = len(config.routing_layers) * experts * 3 * config.hidden_size * config.expert_size
+    mlp = routed + counts.shared_experts + counts.dense_mlp
+    return (counts.attention + counts.router + config.vocab_size * config.hidden_size + mlp) * itemsize
 
 
 def expected_experts(config: ModelConfig, tokens: int) -> float:
-    """Distinct experts of a layer that `tokens` tokens choose, if every choice is as likely: E (1 - (1 - K/E)^tokens).
-
-    0 for a dense model.
-    """
+    """Distinct experts of a layer that `tokens` tokens choose, if every choice is as likely; 0 for a dense model."""
     if not config.is_moe:
         return 0.0
-    E, K = config.num_local_experts, config.num_experts_per_tok
-    return E * (1 - (1 - K / E) ** tokens)
+    return expected_distinct(config.num_local_experts, config.num_experts_per_tok, tokens)
 
 
 def decode_limit(config: ModelConfig, itemsize: int, batch: int, experts: float, bandwidth: float) -> float:

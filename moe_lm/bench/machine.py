@@ -34,6 +34,11 @@ def median_seconds(run: Callable[[], object], device: torch.device, seconds: flo
     return statistics.median(times)
 
 
+def best_seconds(run: Callable[[], object], device: torch.device) -> float:
+    """The least of several medians, for what has but one size: other work on the machine only lengthens them."""
+    return min(median_seconds(run, device, 0.05) for _ in range(5))
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -57,6 +62,66 @@ def read_bandwidth(device: torch.device) -> float:
         buffer = torch.ones(size // 4, device=device)
         rates.append(size / median_seconds(buffer.sum, device))
     return max(rates)
+
+
+@functools.cache
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s over a linear map's three products in training: its output, the gradients of its input and weight.
+
+    The harmonic mean over maps of a small model: 2,048 tokens, widths of 256 and 1,024.
+    """
+    seconds = flops = 0.0
+    for n, k in ((1024, 256), (256, 1024), (256, 256)):
+        x, w, y = (torch.randn(size, device=device).to(dtype) for size in ((2048, k), (n, k), (2048, n)))
+        for run in (lambda x=x, w=w: x @ w.t(), lambda y=y, w=w: y @ w, lambda x=x, y=y: y.t() @ x):
+            seconds += best_seconds(run, device)
+            flops += 2 * 2048 * n * k
+    return flops / seconds
+
+
+@functools.cache
+def attention_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of causal attention, forward and backward, 8 rows of 256 tokens with 4 heads of 64 channels.
+
+    Half of the scores count, and the backward as 2.5 forwards (Dao 2023, section 4).
+    """
+    q, k, v = (torch.randn(8, 4, 256, 64, device=device).to(dtype).requires_grad_() for _ in range(3))
+
+    def run() -> None:
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
+
+    return 3.5 * 4 * 8 * 4 * 256 * 256 / 2 * 64 / best_seconds(run, device)
+
+
+@functools.cache
+def elementwise_bandwidth(device: torch.device, dtype: torch.dtype) -> float:
+    """Bytes/s of a gate, silu(x) * y over (2048, 1024), forward and backward, each operand counted once."""
+    x, y = (torch.randn(2048, 1024, device=device).to(dtype).requires_grad_() for _ in range(2))
+    gradient = torch.randn_like(x)
+
+    def run() -> None:
+        (torch.nn.functional.silu(x) * y).backward(gradient)
+
+    return 8 * x.numel() * x.element_size() / best_seconds(run, device)
+
+
+@functools.cache
+def call_seconds(device: torch.device) -> float:
+    """Seconds of an operation on one number, with what autograd notes of it."""
+    x = torch.ones(1, device=device, requires_grad=True)
+
+    def run() -> None:
+        y = x
+        for _ in range(100):
+            y = y * x
+
+    return best_seconds(run, device) / 100
+
+
+def forget() -> None:
+    """Measure anew from here on: a shared machine is not as fast as it was a minute ago."""
+    for measure in (gemm_rate, read_bandwidth, product_rate, attention_rate, elementwise_bandwidth, call_seconds):
+        measure.cache_clear()
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:

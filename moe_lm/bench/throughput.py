@@ -110,9 +110,9 @@ def spread(rates: list[float]) -> tuple[float, float]:
 
 
 def distinct_experts(stats: Iterable[Stats], layers: int) -> float:
-    """Distinct experts of a layer that a step read, on average."""
+    """Distinct experts of a routing layer that a step read, on average; 0 where there are no such `layers`."""
     counted = list(stats)
-    return sum(each.experts for each in counted) / (layers * sum(each.steps for each in counted))
+    return sum(each.experts for each in counted) / (max(1, layers) * sum(each.steps for each in counted))
 
 
 def phase_shares(stats: Iterable[Stats]) -> dict[str, float]:

@@ -68,6 +68,16 @@ def export_family(config: ModelConfig) -> Family:
 def check_exportable(config: ModelConfig) -> None:
     """Raise ConfigError where no family holds `config`: to be asked before hours are spent on training it."""
     heads, head_dim = config.num_attention_heads, config.head_dim
+    mixed = [
+        f"model.{name} = {value}"
+        for name in ("first_k_dense_replace", "expert_layer_period")
+        if (value := getattr(config, name)) != getattr(ModelConfig, name)
+    ]
+    require(
+        not mixed,
+        f"{' and '.join(mixed)} makes some layers dense beside those that route: such a model is built, counted and "
+        "planned, but no Hugging Face family that a checkpoint is saved as holds it: leave it out to train.",
+    )
     require(
         config.n_shared_experts == 0 or heads * head_dim == config.hidden_size,
         f"model.head_dim = {head_dim} must be hidden_size / num_attention_heads = {config.hidden_size} / {heads} where "

@@ -152,8 +152,8 @@ class Output:
     sources: list[str] = field(default_factory=list)
     """Who guessed each new token: `target`, `draft` or `ngram`."""
     experts: list[list[list[int]]] = field(default_factory=list)
-    """If asked for, the experts of every layer in the pass that gave each new token, which is over the token before it:
-    (tokens, L, K), without layers for a dense model."""
+    """If asked for, the experts of every routing layer in the pass that gave each new token, which is over the token
+    before it: (tokens, layers, K), without layers for a dense model."""
     cached: int | None = None
     """With the first output of sample 0: tokens of the prompt that were found in the prefix cache when it started; a
     later start after a preemption does not count."""

@@ -5,7 +5,8 @@ every batch. Else the model runs as it is written, on a GPU as CUDA graphs of th
 products then choose their kernels by the number of rows, and so a row's last bits depend on the batch; where that must
 not be, steps are cut into passes of ROWS rows.
 
-L layers, N new tokens, R rows whose logits are wanted, G key-value heads, C channels of a head, K experts per token.
+L layers, M of them with a router, N new tokens, R rows whose logits are wanted, G key-value heads, C channels of a
+head, K experts per token.
 """
 
 import math
@@ -35,7 +36,7 @@ class Step(NamedTuple):
     logits: Tensor
     """float32 (R, V)."""
     experts: Tensor
-    """The experts that every token chose in every layer, int (L, N, K); (0, N, 0) for a dense model."""
+    """The experts that every token chose in every layer that routes, int (M, N, K); (0, N, 0) for a dense model."""
 
 
 class Ahead(NamedTuple):
@@ -152,7 +153,7 @@ class Runner:
             batch.tokens, cos, sin, batch.slots, batch.page_table, batch.query_offsets, batch.lengths, self.keys,
             self.values, batch.rows,
         )  # fmt: skip
-        return Step(logits, experts if experts.shape[2] else experts[:0])
+        return Step(logits, experts)
 
     @torch.inference_mode()
     def eager(self, pieces: list[Piece]) -> Step:

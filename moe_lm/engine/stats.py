@@ -64,7 +64,7 @@ class Stats:
     experts: int = 0
     """Distinct experts of all layers that the steps read."""
     expert_tokens: np.ndarray | None = None
-    """Computed tokens that each expert of each layer got, int64 (L, E); None before a mixture's first step."""
+    """Computed tokens that each expert of each routing layer got, int64 (M, E); None before a mixture's first step."""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     """By phase of a step."""
 
@@ -82,7 +82,7 @@ class Stats:
         self, pieces: list[Piece], works: list[Work], samples: list[Sample], verdicts: list[Verdict], experts: Tensor,
         num_experts: int,
     ) -> None:  # fmt: skip
-        """Count a step; experts (L, N, K) are those that its tokens chose, of `num_experts`."""
+        """Count a step; experts (M, N, K) are those that its tokens chose, of `num_experts`."""
         self.steps += 1
         self.computed += experts.shape[1]
         present = touched(experts, [len(piece.tokens) for piece in pieces], num_experts)
@@ -132,7 +132,7 @@ def add_places(counts: list[int], number: int) -> None:
 
 
 def touched(experts: Tensor, lengths: list[int], num_experts: int) -> np.ndarray:
-    """Which experts each sequence of a step chose, bool (S, L, E), given experts (L, N, K) and tokens by sequence."""
+    """Which experts each sequence of a step chose, bool (S, M, E), given experts (M, N, K) and tokens by sequence."""
     chosen = experts.cpu().numpy()
     layers, sequences = len(chosen), len(lengths)
     present = np.zeros((sequences, layers, num_experts), np.bool_)
@@ -142,7 +142,7 @@ def touched(experts: Tensor, lengths: list[int], num_experts: int) -> np.ndarray
 
 
 def loads(experts: Tensor, num_experts: int) -> np.ndarray:
-    """How many tokens each expert of each layer got, int64 (L, E), given experts (L, N, K)."""
+    """How many tokens each expert of each layer got, int64 (M, E), given experts (M, N, K)."""
     layers = len(experts)
     ids = experts.cpu().numpy().reshape(layers, -1) + num_experts * np.arange(layers)[:, None]
     return np.bincount(ids.ravel(), minlength=layers * num_experts).reshape(layers, num_experts)

@@ -74,7 +74,7 @@ def judge(
 
 
 def note_experts(works: list[Work], verdicts: list[Verdict], experts: Tensor) -> None:
-    """Give each verdict the experts that its tokens came from, if asked for, of those (L, N, K) that the step chose."""
+    """Give each verdict the experts that its tokens came from, if asked for, of those (M, N, K) that the step chose."""
     end = 0
     for work, verdict in zip(works, verdicts, strict=True):
         first = end + work.count - 1

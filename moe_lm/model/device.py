@@ -1,4 +1,6 @@
-"""Which device a program computes on."""
+"""Which device a program computes on, and how much memory it has."""
+
+import os
 
 import torch
 
@@ -19,3 +21,12 @@ def choose_device(name: str) -> torch.device:
     if kind == "cuda" and int(index or 0) >= count:
         raise ConfigError(f"device = {name!r} is not there: torch sees {count} CUDA devices; use auto or cpu.")
     return torch.device(name)
+
+
+def memory_of(device: torch.device) -> int | None:
+    """All memory of the device, free or not, in bytes; None on a CPU whose system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,6 +1,6 @@
 """The decoder: embed, then blocks of attention and MLP around a residual stream, then norm and project.
 
-B rows of T tokens, N = B * T, D hidden width, V vocabulary, L layers, E experts.
+B rows of T tokens, N = B * T, D hidden width, V vocabulary, L layers, of which R route, E experts.
 """
 
 import math
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from moe_lm.config import ModelConfig
+from moe_lm.config import ModelConfig, require
 from moe_lm.model.attention import Attend, Attention, Rotation, whole_rows
 from moe_lm.model.layers import Linear, RMSNorm, SwiGLU, rotary_angles
 from moe_lm.model.moe import MoE, Routed, expert_counts, load_balancing_loss, router_entropy, router_z_loss
@@ -18,7 +18,7 @@ from moe_lm.model.moe import MoE, Routed, expert_counts, load_balancing_loss, ro
 
 @dataclass
 class Losses:
-    """What one batch costs, each term apart; means over layers where a term has one per layer."""
+    """What one batch costs, each term apart; means over the layers that route where a term has one for each."""
 
     nll: Tensor
     """Sum over scored targets of -log p, in nats, float32 scalar."""
@@ -27,9 +27,9 @@ class Losses:
     z: Tensor
     """Router z-loss; 0 for a dense model."""
     expert_counts: Tensor
-    """Slots that each expert of each layer got, int64 (L, E); (0, 0) for a dense model."""
+    """Slots that each expert of each layer that routes got, int64 (R, E); (0, 0) for a dense model."""
     router_entropy: Tensor
-    """Mean entropy of the router's distribution, in nats, float32 (L,)."""
+    """Mean entropy of the router's distribution, in nats, float32 (R,)."""
 
     def router_loss(self, config: ModelConfig) -> Tensor:
         """The weighted router losses, which training adds to the mean cross-entropy."""
@@ -42,7 +42,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MoE(config) if config.is_moe else SwiGLU(config.hidden_size, config.intermediate_size)
+        self.mlp = MoE(config) if config.routes(layer) else SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, rotation: Rotation, attend: Attend) -> tuple[Tensor, Routed | None]:
         attended = self.self_attn(self.input_layernorm(x), rotation, attend)
@@ -51,14 +51,26 @@ class Block(nn.Module):
         return x + y, routed
 
 
+def check_buildable(config: ModelConfig) -> None:
+    """Raise ConfigError where `config` has a kind of block that `Transformer` does not compute."""
+    planned = " and ".join(f"model.{name}" for name in config.only_planned)
+    require(
+        not planned,
+        f"{planned} is counted and planned by moe_lm.scaling and not built by moe_lm.model: leave it out to build or "
+        "train the rest.",
+    )
+
+
 class Transformer(nn.Module):
     """A GPT-4-shaped decoder. Weights are float32 until cast; `compute_dtype` is that of the activations.
 
-    `compute_dtype` None follows the weights. Built under `torch.device("meta")` it costs no memory at any size.
+    `compute_dtype` None follows the weights. Built under `torch.device("meta")` it costs no memory at any size. Raises
+    ConfigError where `check_buildable` does.
     """
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None = None):
         super().__init__()
+        check_buildable(config)
         self.config = config
         self.compute_dtype = compute_dtype
         self.embed_tokens = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
@@ -89,7 +101,7 @@ class Transformer(nn.Module):
         return self
 
     def hidden_states(self, tokens: Tensor, positions: Tensor, attend: Attend) -> tuple[Tensor, list[Routed]]:
-        """Normed states (..., D) before the projection to the vocabulary, and each MoE layer's routing.
+        """Normed states (..., D) before the projection to the vocabulary, and the routing of each layer that routes.
 
         tokens and positions (...) int64 of one shape; `attend` as in moe_lm.model.attention.
         """

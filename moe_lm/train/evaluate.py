@@ -19,7 +19,7 @@ class Evaluation:
     by_source: dict[str, float]
     """The same for each source alone."""
     expert_counts: list[list[int]]
-    """Slots that each expert of each layer got."""
+    """Slots that each expert of each routing layer got."""
 
     @property
     def dead_experts(self) -> int:

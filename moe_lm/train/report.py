@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 from moe_lm.checkpoint.directory import replace_file
 from moe_lm.config import RunConfig
+from moe_lm.scaling.html import Table, Tile
 from moe_lm.toml import to_toml
 from moe_lm.train.charts import smooth, thin
 from moe_lm.train.metrics import read_metrics
@@ -75,21 +76,6 @@ class RunFacts:
     speculation: tuple[SpeculationRow, ...]
     """Empty without a draft."""
     warnings: tuple[str, ...]
-
-
-class Tile(NamedTuple):
-    """A headline figure."""
-
-    label: str
-    value: str
-    note: str = ""
-
-
-class Table(NamedTuple):
-    """Rows of text; the first column names the row, the others are figures."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
 
 
 def write_report(run_dir: Path, config: RunConfig, facts: RunFacts) -> tuple[Path, Path]:

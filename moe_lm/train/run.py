@@ -13,10 +13,12 @@ from moe_lm.checkpoint.directory import checkpoints, replace_file
 from moe_lm.config import ConfigError, RunConfig, require
 from moe_lm.data import PreparedData, prepare_data
 from moe_lm.model import Transformer
+from moe_lm.model.transformer import check_buildable
 from moe_lm.scaling.counts import parameters
 from moe_lm.toml import load_config, to_toml
 from moe_lm.train.distillation import check_distillation
 from moe_lm.train.loop import Trainer
+from moe_lm.train.memory import check_memory
 
 CONFIG_FILE = "config.toml"
 
@@ -94,11 +96,14 @@ def draft_config(config: RunConfig, config_path: Path, run_dir: Path) -> RunConf
 def open_run(run_dir: Path, config: RunConfig, draft: RunConfig | None) -> None:
     """Make the directories. They are a run only once `train` has written its config there.
 
-    Raises ConfigError for a model that cannot be saved or distilled, and for a directory that cannot be written.
+    Raises ConfigError for a model that cannot be built, saved, held in memory or distilled, and for a directory that
+    cannot be written.
     """
     for folder, settings, target in ((run_dir, config, None), (run_dir / "draft", draft, config.model)):
         if settings is not None:
+            check_buildable(settings.model)
             check_exportable(settings.model)
+            check_memory(settings)
             check_distillation(settings, target)
             with writable(folder):
                 folder.mkdir(parents=True, exist_ok=True)

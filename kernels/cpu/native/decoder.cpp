@@ -55,7 +55,7 @@ struct Forward {
   const int64_t N, D, stride, attention_width, attention_stride, qkv_width, qkv_stride, token_panels, most_panels;
   float *x, *normed, *qkv, *attended, *expert_out, *logits, *weights;
   Activation *panels, *expert_panels, *hidden, *shared_hidden;
-  std::vector<Slots> slots;  // of each layer
+  std::vector<Slots> slots;  // of each layer with a router
   Counter* counters;
   char* desks;
   int64_t counter_count, bytes;
@@ -72,17 +72,19 @@ struct Forward {
     qkv = arena.take<float>(N * qkv_stride);
     attended = arena.take<float>(N * attention_stride);
     panels = arena.take<Activation>(token_panels * Engine::panel_size(std::max(D, attention_width)));
-    shared_hidden = arena.take<Activation>(token_panels * Engine::panel_size(m.experts ? m.shared_width : m.width));
+    shared_hidden = arena.take<Activation>(token_panels * Engine::panel_size(std::max(m.shared_width, m.dense_width)));
     if (m.experts) {
       expert_panels = arena.take<Activation>(most_panels * Engine::panel_size(D));
       hidden = arena.take<Activation>(most_panels * Engine::panel_size(m.width));
       expert_out = arena.take<float>(most_panels * TILE * stride);
       logits = arena.take<float>(N * m.experts);
       weights = arena.take<float>(N * m.top);
-      for (int64_t l = 0; l < m.layers; l++)
+      for (int64_t l = 0; l < m.layers; l++) {
+        if (!m.layer[l].router) continue;
         slots.push_back({arena.take<int64_t>(most_panels * TILE), arena.take<int64_t>(N * m.top),
                          arena.take<int64_t>(m.experts), arena.take<int64_t>(m.experts + 1),
                          arena.take<int64_t>(most_panels), arena.take<int64_t>(m.experts), arena.take<int64_t>(1)});
+      }
     }
     counter_count = Team::counters(m.layers * PHASES + 3, step.threads);
     counters = arena.take<Counter>(counter_count);
@@ -94,7 +96,7 @@ struct Forward {
 
   Desk<Engine> desk_of(Arena& arena) const {
     const int64_t heads = m.heads / m.kv_heads, rows = Attention::tokens_of_item(heads) * heads;
-    int64_t widest = std::max({D, attention_width, m.width, m.shared_width});
+    int64_t widest = std::max({D, attention_width, m.width, m.dense_width, m.shared_width});
     return {arena.take<float>(2 * MOST_BLOCKS * TILE * TILE), arena.take<Weight>(Engine::scratch_size(widest)),
             arena.take<float>(Attention(rows, m.head_dim, nullptr).floats)};
   }
@@ -106,12 +108,13 @@ struct Forward {
     const Desk<Engine> desk = desk_of(own);
     Team team{member, members, counters};
     Engine::begin();
+    int64_t mixtures = 0;  // so far
     for (int64_t l = 0; l < m.layers; l++) {
       const Layer& layer = m.layer[l];
       team.each(token_panels, [&](int64_t p) {
         for (int64_t i = p * TILE; i < end_of(p); i++) {
           if (l == 0) embed(i);
-          else if (m.experts) combine(slots[l - 1], i);
+          else if (m.layer[l - 1].router) combine(slots[mixtures - 1], i);
           norm(x + i * stride, layer.input_norm, normed + i * stride);
         }
         pack_rows(p, normed, stride, D);
@@ -122,8 +125,10 @@ struct Forward {
       attention(team, keys, values, desk);
       team.each(token_panels, [&](int64_t p) { pack_rows(p, attended, attention_stride, attention_width); });
       rows_product<true>(team, layer.attention_out, D, attention_width, N, panels, x, stride, desk);
-      if (m.experts) mixture(team, layer, slots[l], step.experts + l * N * m.top, desk);
-      else dense(team, layer, desk);
+      if (layer.router) {
+        mixture(team, layer, slots[mixtures], step.experts + mixtures * N * m.top, desk);
+        mixtures++;
+      } else dense(team, layer, desk);
     }
     project(team, desk);
     Engine::end();
@@ -200,7 +205,7 @@ struct Forward {
       for (int64_t i = p * TILE; i < end_of(p); i++) norm(x + i * stride, layer.post_norm, normed + i * stride);
       pack_rows(p, normed, stride, D);
     });
-    every_row(team, layer.gate_up, layer.down, m.width, desk);
+    every_row(team, layer.gate_up, layer.down, m.dense_width, desk);
   }
 
   // An MLP that all rows pass through, added to the residual stream.
@@ -270,7 +275,7 @@ struct Forward {
     const int64_t R = step.rows_count;
     if (R == 0) return;
     // A row may be wanted twice, so that what changes the stream comes before what reads it.
-    if (m.experts) team.each(N, [&](int64_t i) { combine(slots[m.layers - 1], i); });
+    if (m.layer[m.layers - 1].router) team.each(N, [&](int64_t i) { combine(slots.back(), i); });
     team.each((R + TILE - 1) / TILE, [&](int64_t p) {
       const int64_t end = std::min(R, (p + 1) * TILE);
       for (int64_t i = p * TILE; i < end; i++) norm(x + step.rows[i] * stride, m.norm, normed + i * stride);

@@ -1,8 +1,8 @@
 // What the caller hands over; kernels/cpu/decoder.py declares the same fields in the same order.
 //
 // N tokens, S sequences, D hidden width, H query heads, G key-value heads, C channels of a head, E experts, K experts
-// per token, F expert width, V vocabulary, P rows of a page. Weights are (outputs, inputs), float32 or bfloat16;
-// norms and routers float32, padded by zeros to a multiple of 32 channels.
+// per token, F expert width, Fd that of a dense layer, V vocabulary, P rows of a page. Weights are (outputs, inputs),
+// float32 or bfloat16; norms and routers float32, padded by zeros to a multiple of 32 channels.
 #pragma once
 
 #include <cstdint>
@@ -11,12 +11,12 @@ struct Layer {
   const float *input_norm, *post_norm;  // (D)
   const void *qkv, *attention_out;      // ((H + 2 G) C, D), (D, H C)
   const float* router;                  // (E, D), null in a dense layer
-  const void *gate_up, *down;           // (E, 2 F, D) and (E, D, F), or (2 F, D) and (D, F)
+  const void *gate_up, *down;           // (E, 2 F, D) and (E, D, F), or (2 Fd, D) and (D, Fd)
   const void *shared_gate_up, *shared_down;
 };
 
 struct Model {
-  int64_t layers, hidden, heads, kv_heads, head_dim, width, experts, top, shared_width, vocabulary;
+  int64_t layers, hidden, heads, kv_heads, head_dim, width, dense_width, experts, top, shared_width, vocabulary;
   int64_t half_weights, half_cache;  // whether weights, keys and values are bfloat16
   double eps;
   const void *embedding, *head;  // (V, D)
@@ -30,7 +30,7 @@ struct Step {
   const float *cos, *sin;  // (N, C / 2)
   void *keys, *values;     // (layers, pages, P, G, C)
   float* logits;           // (rows, V)
-  int32_t* experts;        // (layers, N, K)
+  int32_t* experts;        // (layers with a router, N, K)
   void* workspace;         // workspace_bytes of it
 };
 

@@ -1,149 +1,11 @@
-"""One typed file of settings describes a run: the model, its data, its training.
-
-`RunConfig` is read from TOML and written beside every checkpoint (`moe_lm.toml`), and changed from the command line
-(`moe_lm.cli`). Fields of `ModelConfig` carry the names of Hugging Face's config.json, so that a checkpoint
-needs no translation table. Every class refuses what cannot work with one sentence that names the value and the knob.
-"""
+"""What a run does with a model: its data, its training, its checkpoints."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-
-class ConfigError(ValueError):
-    """A setting that cannot work; the message is one sentence with the value, the limit and the field to change."""
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def require_positive(config: Any, *names: str, section: str = "") -> None:
-    for name in names:
-        value = getattr(config, name)
-        require(value > 0, f"{section}{name} = {value} must be greater than 0.")
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the length that a model was trained on."""
-
-    rope_type: Literal["linear", "llama3"] = "linear"
-    """`linear` divides every frequency by `factor` (Chen et al. 2023); `llama3` only the slow ones (Llama 3.1)."""
-    factor: float = 1.0
-    """How many times longer the context becomes."""
-    low_freq_factor: float = 1.0
-    """llama3: wavelengths above original_max_position_embeddings / low_freq_factor are divided by `factor`."""
-    high_freq_factor: float = 4.0
-    """llama3: wavelengths below original_max_position_embeddings / high_freq_factor are left alone."""
-    original_max_position_embeddings: int = 8192
-    """llama3: the context length of the model before scaling, in tokens."""
-
-    def __post_init__(self):
-        require(self.factor >= 1, f"rope_scaling.factor = {self.factor} must be at least 1.")
-        require(
-            self.high_freq_factor > self.low_freq_factor > 0,
-            f"rope_scaling.high_freq_factor = {self.high_freq_factor} must be above "
-            f"low_freq_factor = {self.low_freq_factor}, which must be above 0.",
-        )
-        require_positive(self, "original_max_position_embeddings", section="rope_scaling.")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The shape of a decoder. With every router option at its default it is Mixtral with one key-value head."""
-
-    vocab_size: int = 4096
-    """Rows of the embedding: at least the tokenizer's vocabulary; a multiple of 128 keeps GPU tiles full."""
-    hidden_size: int = 256
-    """Width of the residual stream (d_model)."""
-    intermediate_size: int = 512
-    """Hidden width of the SwiGLU MLP; in a mixture, of each expert unless `moe_intermediate_size` says otherwise."""
-    num_hidden_layers: int = 4
-    """Number of blocks, each attention then MLP."""
-    num_attention_heads: int = 8
-    """Query heads."""
-    num_key_value_heads: int = 1
-    """Key-value heads: 1 is multi-query (MQA), `num_attention_heads` is multi-head, in between is grouped (GQA)."""
-    head_dim: int | None = None
-    """Width of one head; hidden_size / num_attention_heads if not given."""
-    max_position_embeddings: int = 1024
-    """Longest context in tokens that a cache is sized for and a request may fill."""
-    initializer_range: float = 0.02
-    """Standard deviation of the initial weights."""
-    rms_norm_eps: float = 1e-5
-    """Added to the mean square inside RMSNorm."""
-    rope_theta: float = 10000.0
-    """Base of the rotary frequencies (Su et al. 2021)."""
-    rope_scaling: RopeScaling | None = None
-    """Stretching of the rotary frequencies; none by default."""
-    tie_word_embeddings: bool = False
-    """Whether the output projection is the embedding itself."""
-    num_local_experts: int = 16
-    """Routed experts per layer; 0 makes every MLP dense."""
-    num_experts_per_tok: int = 2
-    """Experts that each token is sent to (top-k)."""
-    moe_intermediate_size: int | None = None
-    """Hidden width of each expert where it differs from `intermediate_size`."""
-    n_shared_experts: int = 0
-    """Experts that see every token beside the routed ones (DeepSeekMoE, section 3.2), each of the experts' width."""
-    router_aux_loss_coef: float = 0.01
-    """Weight of the load-balancing loss (Switch Transformer, section 2.2) in the training loss."""
-    router_z_loss_coef: float = 0.001
-    """Weight of the router z-loss (ST-MoE, section 3.2), which keeps router logits small."""
-    router_jitter_noise: float = 0.0
-    """Training only: router inputs are multiplied by uniform noise in [1 - j, 1 + j] (Switch Transformer)."""
-
-    def __post_init__(self):
-        require_positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-        require_positive(self, "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rope_theta")
-        require_positive(self, "rms_norm_eps", "initializer_range")
-        require(
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            f"num_attention_heads = {self.num_attention_heads} is not a multiple of num_key_value_heads = "
-            f"{self.num_key_value_heads}; choose a divisor of {self.num_attention_heads}.",
-        )
-        require(
-            self.head_dim is not None or self.hidden_size % self.num_attention_heads == 0,
-            f"hidden_size = {self.hidden_size} is not a multiple of num_attention_heads = "
-            f"{self.num_attention_heads}; change one of them or give head_dim.",
-        )
-        head_dim = self.head_dim if self.head_dim is not None else self.hidden_size // self.num_attention_heads
-        require(
-            head_dim > 0 and head_dim % 2 == 0,
-            f"head_dim = {head_dim} must be even and above 0: rotary embedding turns pairs of channels.",
-        )
-        object.__setattr__(self, "head_dim", head_dim)
-        require(self.num_local_experts >= 0, f"num_local_experts = {self.num_local_experts} must be 0 (dense) or more.")
-        require(self.n_shared_experts >= 0, f"n_shared_experts = {self.n_shared_experts} must be 0 or more.")
-        if self.moe_intermediate_size is not None:
-            require_positive(self, "moe_intermediate_size")
-        if self.is_moe:
-            require(
-                1 <= self.num_experts_per_tok <= self.num_local_experts,
-                f"num_experts_per_tok = {self.num_experts_per_tok} must be between 1 and num_local_experts = "
-                f"{self.num_local_experts}.",
-            )
-        else:
-            require(
-                self.n_shared_experts == 0,
-                f"n_shared_experts = {self.n_shared_experts} needs routed experts beside them: set num_local_experts.",
-            )
-        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
-            require(getattr(self, name) >= 0, f"{name} = {getattr(self, name)} must be 0 or more.")
-        require(
-            0 <= self.router_jitter_noise < 1,
-            f"router_jitter_noise = {self.router_jitter_noise} must be at least 0 and below 1.",
-        )
-
-    @property
-    def is_moe(self) -> bool:
-        return self.num_local_experts > 0
-
-    @property
-    def expert_size(self) -> int:
-        """Hidden width of one expert."""
-        return self.moe_intermediate_size or self.intermediate_size
+from moe_lm.config.errors import require, require_positive
+from moe_lm.config.model import ModelConfig
+from moe_lm.config.plan import ServingPlan, TrainingPlan
 
 
 @dataclass(frozen=True)
@@ -337,6 +199,10 @@ class RunConfig:
     """When the run is saved."""
     sample: SampleConfig = field(default_factory=SampleConfig)
     """The text that a finished run writes."""
+    plan: TrainingPlan = field(default_factory=TrainingPlan)
+    """The cluster that moe_lm.scaling plans the training for; the run itself is on one device."""
+    serving: ServingPlan = field(default_factory=ServingPlan)
+    """The cluster and the load that moe_lm.scaling plans serving for; a server takes its own options."""
 
     def __post_init__(self):
         length, limit = self.data.sequence_length, self.model.max_position_embeddings

@@ -1,0 +1,133 @@
+"""The planner beside this machine: predicted and measured seconds of a training step and of decoding.
+
+    python -m moe_lm.bench forecast                       # configs/nano.toml
+    python -m moe_lm.bench forecast configs/nano-dense.toml --turns 9 --json
+
+Random weights and random tokens: neither the planner nor the machine minds. Every turn measures the machine
+(moe_lm.scaling --measure), predicts, and then trains and decodes. The fastest turn counts, of the prediction as of what
+was measured: other work on the machine only slows it down.
+"""
+
+import json
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+
+from kernels.cpu.process import tune_process
+from moe_lm.bench import machine
+from moe_lm.bench.throughput import EngineContender
+from moe_lm.bench.workload import Case, random_text
+from moe_lm.cli import Parser, parse_run_config, run_main
+from moe_lm.config import RunConfig, require
+from moe_lm.engine import Engine
+from moe_lm.model import Transformer
+from moe_lm.scaling.layout import settle
+from moe_lm.scaling.measure import measured_machine
+from moe_lm.scaling.serving import decode_rate
+from moe_lm.scaling.training import step_time
+from moe_lm.train.optim import make_optimizer
+
+BATCHES = (1, 16)
+"""Requests that decode together."""
+PROMPT, OUTPUT = 32, 96
+"""Tokens of each request."""
+
+
+def main(argv: list[str]) -> None:
+    run, args = parse_run_config(argv, __doc__, extra=add_options)
+    require(args.turns >= 1, f"--turns {args.turns} must be at least 1.")
+    tune_process()
+    rows = compare(run, args.turns)
+    if args.json:
+        print(json.dumps({"machine": machine.describe(torch.device("cpu")), "rows": rows}))
+        return
+    print(machine.describe(torch.device("cpu")))
+    for row in rows:
+        print(f"{row['what']:<18} predicted {row['predicted']:>7,.0f}, measured {row['measured']:>7,.0f} tokens/s: "
+              f"ratio {row['ratio']:.2f} (of medians {row['ratio_of_medians']:.2f})")  # fmt: skip
+
+
+def add_options(parser: Parser) -> None:
+    parser.add_argument("--turns", type=int, default=5, help="measurements of each (default %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def compare(run: RunConfig, turns: int) -> list[dict]:
+    """Tokens per second of everything, predicted and measured: the best of all turns, and the medians' ratio."""
+    train, decode = TrainingStep(run), Decoding(run)
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    for turn in range(turns):
+        machine.forget()
+        here = measured_machine()
+        predicted = step_time(run.model, settle(train.planned(run)), here).tokens_per_second
+        pairs.setdefault("training", []).append((predicted, train()))
+        for batch in BATCHES:
+            predicted = decode_rate(run.model, decode.plan, here, batch=batch, context=PROMPT + OUTPUT / 2)
+            pairs.setdefault(f"decode, batch {batch}", []).append((predicted, decode(batch, turn)))
+    rows = []
+    for what, found in pairs.items():
+        columns = list(zip(*found, strict=True))
+        predicted, measured = map(max, columns)
+        middle, other = map(statistics.median, columns)
+        rows.append({"what": what, "predicted": predicted, "measured": measured, "ratio": predicted / measured,
+                     "ratio_of_medians": middle / other})  # fmt: skip
+    return rows
+
+
+class TrainingStep:
+    """Optimizer steps of one batch of random tokens, as the training loop takes them."""
+
+    def __init__(self, run: RunConfig):
+        dtype = machine.fastest_dtype(torch.device("cpu"))
+        length = run.data.sequence_length
+        rows = self.rows = max(1, run.train.batch_tokens // length)
+        self.dtype = str(dtype).removeprefix("torch.")
+        self.run, self.model = run, Transformer(run.model, compute_dtype=dtype).reset_parameters()
+        self.optimizer = make_optimizer(self.model, run.train, dtype)
+        self.tokens = torch.randint(run.model.vocab_size, (rows, length))
+        self.positions = torch.arange(length).expand(rows, length)
+        for _ in range(3):
+            self.step()
+
+    def planned(self, run: RunConfig) -> RunConfig:
+        """The run on one device, its batch in one forward."""
+        plan = replace(run.plan, dtype=self.dtype, micro_batch=self.rows, gpus=1, tp=1, pp=1, ep=1)
+        return replace(run, plan=plan)
+
+    def step(self) -> None:
+        tokens = self.tokens
+        losses = self.model.losses(tokens, tokens, self.positions, torch.zeros_like(tokens))
+        (losses.nll / tokens.numel() + losses.router_loss(self.run.model)).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.train.max_grad_norm, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def __call__(self, steps: int = 3) -> float:
+        """Tokens per second of a few steps."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        return steps * self.tokens.numel() / (time.perf_counter() - start)
+
+
+class Decoding:
+    """Requests that decode together in float32, without speculation."""
+
+    def __init__(self, run: RunConfig):
+        model = Transformer(run.model).reset_parameters().eval()
+        self.serve = EngineContender(Engine(model, max_sequences=max(BATCHES)), "none")
+        self.text = random_text(run.model.vocab_size)
+        self.plan = replace(run.serving, tp=1, pp=1, ep=1, weight_bits=32, kv_bits=32, dtype="float32")
+        for batch in BATCHES:
+            self(batch, 1000)
+
+    def __call__(self, batch: int, turn: int) -> float:
+        """Tokens per second once every request has one."""
+        case = Case("decode", batch, (PROMPT, PROMPT), (OUTPUT, OUTPUT))
+        return self.serve(case.workload(self.text, turn)).rate("decode")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,79 @@
+"""Seconds of the optimizer's own work in a step: AdamW, or Muon for the matrices of the blocks.
+
+M rows and N columns of a matrix, M the smaller.
+"""
+
+import math
+from functools import lru_cache
+
+from moe_lm.config import ModelConfig
+from moe_lm.scaling.hardware import Machine
+from moe_lm.scaling.layout import Layout
+from moe_lm.scaling.roofline import stream
+from moe_lm.scaling.shards import expert_shapes, layer_shapes
+
+ADAMW_BYTES = 30
+"""AdamW reads gradient, master weight and two moments and writes all but the first, in float32, and the weight in 16
+bit."""
+GRADIENT_PASSES = 4
+"""Bytes of each gradient that the norm before the step reads and its zeroing after it writes."""
+MUON_BYTES = 60
+"""Muon's momentum, look-ahead, cast, norm and update pass over float32 and 16-bit copies of a weight as often."""
+NEWTON_SCHULZ_STEPS = 5
+"""Of the orthogonalisation (Jordan et al. 2024)."""
+
+
+def optimizer_seconds(
+    model: ModelConfig,
+    layers: tuple[tuple[int, int], ...],
+    dense: float,
+    experts: float,
+    layout: Layout,
+    machine: Machine,
+) -> float:
+    """Seconds on a rank of a stage that holds `dense` and `experts` weights before any splitting.
+
+    `layers` are the first layer of each kind, and how many of that kind the stage has. ZeRO splits the work over its
+    group.
+    """
+    plan = layout.plan
+    own = MUON_BYTES if layout.optimizer == "muon" else ADAMW_BYTES
+    seconds = 0.0
+    for weights, replicas in (
+        (dense / plan.tp, layout.dp),
+        (experts / plan.tp / plan.ep, layout.dp // plan.ep),
+    ):
+        shards = min(replicas, layout.zero_group)
+        shard = weights / shards if plan.zero else weights
+        nbytes = own * shard + GRADIENT_PASSES * (shard if plan.zero >= 2 else weights)
+        seconds += stream(machine, nbytes).seconds
+    if layout.optimizer == "muon":
+        flops = sum(count * orthogonalisation_flops(model, layer) for layer, count in layers)
+        split = plan.tp * (layout.zero_group if plan.zero else 1)
+        seconds += flops / split / (machine.sheet.peak(plan.dtype) * machine.reached.gemm)
+    return seconds
+
+
+@lru_cache(maxsize=512)
+def orthogonalisation_flops(model: ModelConfig, layer: int) -> float:
+    """FLOP that Newton-Schulz takes for every matrix of a block but the router's.
+
+    A step multiplies X X^T, its square, and that with X: 4 M^2 N + 2 M^3. Queries, keys and values are matrices of
+    their own, as are gate and up, and the experts.
+    """
+    shapes = layer_shapes(model, layer, 1) | expert_shapes(model, layer, 1, 1)
+    G, C = model.num_key_value_heads, model.head_dim
+    flops = 0.0
+    for name, shape in shapes.items():
+        if len(shape) < 2 or name == "mlp.gate.weight":
+            continue
+        *stack, rows, columns = shape
+        parts = [rows]
+        if "qkv_proj" in name:
+            parts = [rows - 2 * G * C, G * C, G * C]
+        elif "gate_up_proj" in name:
+            parts = [rows // 2] * 2
+        for part in parts:
+            M, N = sorted((part, columns))
+            flops += math.prod(stack) * NEWTON_SCHULZ_STEPS * (4 * M * M * N + 2 * M**3)
+    return flops

@@ -1,0 +1,83 @@
+"""The sheet of this machine: what is measured, that it is kept, and the benchmark that predicts and measures."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from tiny_run import tiny_config, write_corpus
+
+from moe_lm.bench import forecast, machine
+from moe_lm.scaling.__main__ import main
+from moe_lm.scaling.hardware import load_hardware, machine_of, read_sheet
+from moe_lm.scaling.hardware import machine as machine_named
+from moe_lm.scaling.measure import measured_machine
+
+RATES = {
+    "gemm_rate": lambda device, dtype: 4e11 if dtype == torch.bfloat16 else 1e11,
+    "product_rate": lambda device, dtype: 1e11, "attention_rate": lambda device, dtype: 2e10,
+    "elementwise_bandwidth": lambda device, dtype: 5e9, "read_bandwidth": lambda device: 1.5e10,
+    "call_seconds": lambda device: 4e-6,
+}  # fmt: skip
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """A machine whose rates are known."""
+    for name, rate in RATES.items():
+        monkeypatch.setattr(machine, name, rate)
+    monkeypatch.setattr(machine, "forget", lambda: None)
+
+
+@pytest.mark.usefixtures("rates")
+def test_a_sheet_holds_what_was_measured_and_is_kept(tmp_path):
+    path = tmp_path / "here.toml"
+    found = measured_machine(str(path))
+    assert (found.sheet.peak_flops.bfloat16, found.sheet.peak_flops.float32) == (4e11, 1e11)
+    assert (found.sheet.bandwidth, found.sheet.units) == (1.5e10, torch.get_num_threads())
+    assert found.reached.gemm == pytest.approx(0.25)
+    assert found.reached.passes == pytest.approx(3)
+    assert found.reached.launch == 4e-6
+    assert found.sheet.memory > 1 << 30
+    kept = machine_named(path)
+    assert kept.reached._asdict() == pytest.approx(found.reached._asdict(), rel=1e-3)
+    assert dataclasses.replace(load_hardware(path), measured=None) == dataclasses.replace(found.sheet, measured=None)
+    assert all("--measure" in source for source in read_sheet(path)[1].values())
+    assert machine_of(kept.sheet) == kept
+
+
+@pytest.mark.usefixtures("rates")
+def test_a_plan_for_this_machine(tmp_path, capsys):
+    assert main(["nano", "--gpu", "cpu", "--measure", str(tmp_path / "here.toml")]) is None
+    first = capsys.readouterr().out
+    assert main(["nano", "--gpu", str(tmp_path / "here.toml")]) is None
+    second = capsys.readouterr().out
+    assert first.startswith("nano: 7.32M parameters")
+    assert [line for line in first.splitlines() if "tokens/s, MFU" in line] == [
+        line for line in second.splitlines() if "tokens/s, MFU" in line
+    ]
+    assert re.search(r"^cost +\$0 ", first, re.MULTILINE)
+
+
+def test_the_real_rates_are_rates(monkeypatch):
+    monkeypatch.setattr(machine, "best_seconds", lambda run, device: machine.median_seconds(run, device, 0.001))
+    machine.forget()
+    device, dtype = torch.device("cpu"), torch.bfloat16
+    assert machine.product_rate(device, dtype) > 1e8
+    assert machine.attention_rate(device, dtype) > 1e7
+    assert 1e7 < machine.elementwise_bandwidth(device, dtype) < 1e12
+    assert 1e-8 < machine.call_seconds(device) < 1e-2
+    machine.forget()
+    assert machine.product_rate.cache_info().currsize == 0
+
+
+@pytest.mark.usefixtures("rates")
+@pytest.mark.parametrize("experts", [0, 4])
+def test_forecast_measures_what_it_predicts(experts, tmp_path):
+    run = tiny_config(write_corpus(tmp_path), steps=6, num_local_experts=experts, max_position_embeddings=256)
+    rows = forecast.compare(run, 1)
+    assert [row["what"] for row in rows] == ["training", "decode, batch 1", "decode, batch 16"]
+    for row in rows:
+        assert row["predicted"] > 0
+        assert row["measured"] > 0
+        assert row["ratio"] == pytest.approx(row["predicted"] / row["measured"])
