@@ -8,6 +8,7 @@ import torch
 from tiny_run import tiny_config, write_corpus
 
 from moe_lm.bench import forecast, machine
+from moe_lm.config import ConfigError
 from moe_lm.scaling.__main__ import main
 from moe_lm.scaling.hardware import load_hardware, machine_of, read_sheet
 from moe_lm.scaling.hardware import machine as machine_named
@@ -57,6 +58,12 @@ def test_a_plan_for_this_machine(tmp_path, capsys):
         line for line in second.splitlines() if "tokens/s, MFU" in line
     ]
     assert re.search(r"^cost +\$0 ", first, re.MULTILINE)
+
+
+@pytest.mark.usefixtures("rates")
+def test_a_sheet_that_cannot_be_written_is_told(tmp_path):
+    with pytest.raises(ConfigError, match=r"there/x\.toml cannot be written: No such file or directory\."):
+        measured_machine(str(tmp_path / "there" / "x.toml"))
 
 
 def test_the_real_rates_are_rates(monkeypatch):

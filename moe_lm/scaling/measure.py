@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from moe_lm.bench import machine as bench
+from moe_lm.config import ConfigError
 from moe_lm.scaling.constants import OUR_ATTENTION
 from moe_lm.scaling.hardware import Hardware, Machine, Measured, PeakFlops, machine_of, sheet_toml
 
@@ -15,10 +16,15 @@ LAST_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 
 
 def measured_machine(path: str = "") -> Machine:
-    """This machine's processor as the cost model sees it; written to `path` as a sheet, too, unless that is empty."""
+    """This machine's processor as the cost model sees it; written to `path` as a sheet, too, unless that is empty.
+
+    Raises ConfigError where it cannot be written.
+    """
     device = torch.device("cpu")
     rates = {dtype: bench.gemm_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     fast = bench.fastest_dtype(device)
+    products = bench.product_rate(device, fast)
+    rates[fast] = max(rates[fast], products)  # measured at different moments
     bandwidth = bench.read_bandwidth(device)
     sheet = Hardware(
         name=bench.describe(device),
@@ -31,12 +37,16 @@ def measured_machine(path: str = "") -> Machine:
         gpus_per_node=1, nvlink=bandwidth, network=bandwidth, nvlink_latency=0.0, network_latency=0.0,
         price=0.0, power=0.0,
         measured=Measured(
-            gemm=bench.product_rate(device, fast) / rates[fast],
+            gemm=products / rates[fast],
             attention=OUR_ATTENTION * bench.attention_rate(device, fast) / rates[fast],
             passes=bandwidth / bench.elementwise_bandwidth(device, fast),
             launch=bench.call_seconds(device),
         ),
     )  # fmt: skip
     if path:
-        Path(path).write_text(sheet_toml(sheet, f"measured by moe_lm.scaling --measure on {date.today()}"), "utf-8")
+        text = sheet_toml(sheet, f"measured by moe_lm.scaling --measure on {date.today()}")
+        try:
+            Path(path).write_text(text, "utf-8")
+        except OSError as error:
+            raise ConfigError(f"--measure {path} cannot be written: {error.strerror}.") from None
     return machine_of(sheet)

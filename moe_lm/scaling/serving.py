@@ -227,7 +227,8 @@ def forecast(model: ModelConfig, plan: ServingPlan, machine: Machine) -> Serving
         down = math.hypot(own, *(min(0.0, *pair) for pair in ratios.values()))
         up = math.hypot(own, *(max(0.0, *pair) for pair in ratios.values()))
         most = max(ratios, key=lambda name: max(map(abs, ratios[name])))
-        figures[key] = Range(value * math.exp(-down), value, value * math.exp(up), most)
+        most_there_is = max(1.0, value) if key in ("mfu", "bandwidth") else math.inf
+        figures[key] = Range(value * math.exp(-down), value, min(most_there_is, value * math.exp(up)), most)
     context = plan.prompt_tokens + plan.output_tokens / 2
     step = decode_step(model, plan, machine, batch=plan.batch, context=context)
     largest = max(step.parts, key=step.parts.__getitem__)
