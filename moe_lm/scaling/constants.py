@@ -173,6 +173,19 @@ SERVING_SPREAD = {
 bandwidth on A100 and copies at 0.90; large products reach 0.56 to 0.87 of the peak; a launch takes 1.3 us in a graph,
 3.8 us without; NCCL may reduce in place of one shot. The widths are judgements from these measurements."""
 
+ADAMW_BYTES = 30
+"""AdamW reads gradient, master weight and two moments and writes all but the first, in float32, and the weight in 16
+bit."""
+GRADIENT_PASSES = 4
+"""Bytes of each gradient that the norm before the step reads and its zeroing after it writes."""
+MUON_BYTES = 60
+"""Muon's momentum, look-ahead, cast, norm and update pass over float32 and 16-bit copies of a weight as often."""
+NEWTON_SCHULZ_STEPS = 5
+"""Of the orthogonalisation (Jordan et al. 2024)."""
+
+CHECKPOINT_BYTES = 14
+"""Bytes of a weight in a checkpoint: itself in 16 bit, its float32 master and AdamW's two moments (BLOOM: 2.3 TB)."""
+
 GRADIENT_BYTES = 2
 """Bytes of a gradient where weights have 2: bfloat16, as the 16 bytes per weight of ZeRO (Rajbhandari et al. 2020,
 section 3.1) have them. Megatron-LM under bfloat16 sums them in float32, 4 bytes."""

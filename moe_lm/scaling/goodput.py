@@ -6,10 +6,7 @@ d seconds to write a checkpoint, t seconds of work between two, M mean seconds b
 import math
 from dataclasses import dataclass
 
-from moe_lm.scaling.constants import RELIABILITY, Reliability
-
-CHECKPOINT_BYTES = 14
-"""Bytes of a weight in a checkpoint: itself in 16 bit, its float32 master and AdamW's two moments (BLOOM: 2.3 TB)."""
+from moe_lm.scaling.constants import CHECKPOINT_BYTES, RELIABILITY, Reliability
 
 
 @dataclass(frozen=True)

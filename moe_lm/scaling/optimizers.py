@@ -7,20 +7,11 @@ import math
 from functools import lru_cache
 
 from moe_lm.config import ModelConfig
+from moe_lm.scaling.constants import ADAMW_BYTES, GRADIENT_PASSES, MUON_BYTES, NEWTON_SCHULZ_STEPS
 from moe_lm.scaling.hardware import Machine
 from moe_lm.scaling.layout import Layout
 from moe_lm.scaling.roofline import stream
 from moe_lm.scaling.shards import expert_shapes, layer_shapes
-
-ADAMW_BYTES = 30
-"""AdamW reads gradient, master weight and two moments and writes all but the first, in float32, and the weight in 16
-bit."""
-GRADIENT_PASSES = 4
-"""Bytes of each gradient that the norm before the step reads and its zeroing after it writes."""
-MUON_BYTES = 60
-"""Muon's momentum, look-ahead, cast, norm and update pass over float32 and 16-bit copies of a weight as often."""
-NEWTON_SCHULZ_STEPS = 5
-"""Of the orthogonalisation (Jordan et al. 2024)."""
 
 
 def optimizer_seconds(
