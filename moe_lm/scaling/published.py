@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_lm.config import DataConfig, ModelConfig, RunConfig, ServingPlan, TrainConfig, TrainingPlan, require
+from moe_lm.scaling.configs import model_of
 from moe_lm.scaling.counts import forward_flops_per_token
 from moe_lm.scaling.hardware import Machine, machine
 from moe_lm.scaling.layout import Layout, settle
-from moe_lm.toml import from_value, load_config, read_toml
+from moe_lm.toml import from_value, read_toml
 
 PUBLISHED = Path(__file__).with_name("published.toml")
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 TRAINING_UNITS = {
     "step_seconds": "s",
@@ -63,7 +63,7 @@ class Published:
 
     def shape(self, positions: int) -> ModelConfig:
         """The model, with a table of `positions` where it learns them."""
-        model = self.model or load_config(CONFIGS / f"{self.config}.toml").model
+        model = self.model or model_of(self.config)
         return dataclasses.replace(model, max_position_embeddings=max(positions, model.max_position_embeddings))
 
     def machine(self) -> Machine:
