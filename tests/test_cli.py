@@ -465,6 +465,20 @@ def test_an_interrupted_program_says_so_without_a_traceback(capsys):
     assert (stop.value.code, capsys.readouterr().err) == (130, "interrupted\n")
 
 
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_who_leaves_early_gets_no_traceback(lines, tmp_path):
+    body = f"    time.sleep(0.5)\n    print('x\\n' * {lines})\n"
+    program = f"import time\nfrom moe_lm.cli import run_main\ndef main(argv):\n{body}\nrun_main(main)\n"
+    (tmp_path / "main.py").write_text(program, "utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    process = subprocess.Popen(
+        [sys.executable, "main.py"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(60)) == (b"", 141)
+    process.stderr.close()
+
+
 def test_run_main_lets_bugs_through():
     def main(argv):
         raise ValueError("a bug, not a setting")

@@ -58,7 +58,7 @@ def duration(row: Draft) -> str:
         "MFU predicted for it, failures included", f"{mfu.low:.1%} to {mfu.high:.1%}, mid {mfu.mid:.1%}",
         "32% to 36%", "", mfu.low <= 0.36 and mfu.high >= 0.32,
     )  # fmt: skip
-    return "2.16e25 FLOP / (25,000 x 312 TFLOP/s x days); the prediction takes none of these figures"
+    return "2.16e25 FLOP / (25,000 x 312 TFLOP/s x days); the prediction takes none of these, but the config's layout"
 
 
 @fact("F13", "at $1 per A100-hour about $63M")
