@@ -37,20 +37,14 @@ class LayerParameters:
 
 
 @dataclass(frozen=True)
-class Parameters:
-    """Number of weights by component."""
+class Parameters(LayerParameters):
+    """Number of weights by component: those of all blocks together, the last norm among the norms, and what is beside.
+
+    The vision encoder counts by itself.
+    """
 
     embedding: int
     """The token table, V D, and with learned positions P D."""
-    attention: int
-    mamba: int
-    cross_attention: int
-    router: int
-    experts: int
-    shared_experts: int
-    dense_mlp: int
-    norms: int
-    """Those of the blocks and the last one, D."""
     vision_encoder: int
     output: int
     """The projection to the vocabulary, V D; 0 when it is the token table."""
@@ -69,7 +63,7 @@ class Parameters:
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self)) - self.active_experts
+        return super().total - self.active_experts
 
     @property
     def active(self) -> int:

@@ -73,13 +73,21 @@ def frontier(
             "tokens: raise serving.tp or serving.pp, or lower serving.weight_bits."
         )
     found.sort(key=lambda pair: (pair[1].per_token, pair[1].price_output))
-    points, cheapest = [], float("inf")
+    points = []
     for tried, given in found:
-        best = given.price_output < cheapest
-        cheapest = min(cheapest, given.price_output)
         figures = (given.first_token, given.per_token, given.tokens_per_s, given.tokens_per_s_per_gpu)
-        points.append(FrontierPoint(tried, serving_gpus(tried), *figures, given.price_output, best))
-    return points
+        points.append(FrontierPoint(tried, serving_gpus(tried), *figures, given.price_output, best=False))
+    best = set(map(id, unbeaten(points)))
+    return [replace(point, best=id(point) in best) for point in points]
+
+
+def unbeaten(points: Sequence[FrontierPoint]) -> list[FrontierPoint]:
+    """Those than which no other of them is both faster to the next token and cheaper, fastest first."""
+    kept: list[FrontierPoint] = []
+    for point in sorted(points, key=lambda point: (point.per_token, point.price)):
+        if not kept or point.price < kept[-1].price:
+            kept.append(point)
+    return kept
 
 
 @dataclass(frozen=True)

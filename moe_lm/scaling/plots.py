@@ -11,7 +11,7 @@ from io import BytesIO
 from typing import Any
 
 from moe_lm.config import ConfigError
-from moe_lm.scaling.frontier import FrontierPoint, SweepRow
+from moe_lm.scaling.frontier import FrontierPoint, SweepRow, unbeaten
 from moe_lm.scaling.hardware import Machine
 from moe_lm.scaling.laws import Fit
 from moe_lm.scaling.operations import Operation
@@ -89,15 +89,6 @@ def frontier_plot(points: Sequence[FrontierPoint], title: str) -> bytes:
     plain(axes.yaxis)
     axes.legend(fontsize=8, title="dark line: nothing beats it", title_fontsize=8, frameon=False, ncols=2)
     return png(figure)
-
-
-def unbeaten(points: Sequence[FrontierPoint]) -> list[FrontierPoint]:
-    """Those than which no other of them is both faster to the next token and cheaper, fastest first."""
-    kept: list[FrontierPoint] = []
-    for point in sorted(points, key=lambda point: (point.per_token, point.price)):
-        if not kept or point.price < kept[-1].price:
-            kept.append(point)
-    return kept
 
 
 def thinned(points: Sequence[Any], most: int = 6) -> list[Any]:
