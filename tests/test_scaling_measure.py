@@ -9,16 +9,22 @@ from tiny_run import tiny_config, write_corpus
 
 from moe_lm.bench import forecast, machine
 from moe_lm.config import ConfigError
+from moe_lm.scaling import measure
 from moe_lm.scaling.__main__ import main
 from moe_lm.scaling.hardware import load_hardware, machine_of, read_sheet
 from moe_lm.scaling.hardware import machine as machine_named
 from moe_lm.scaling.measure import measured_machine
+from moe_lm.scaling.serving import modern_engine
 
 RATES = {
     "gemm_rate": lambda device, dtype: 4e11 if dtype == torch.bfloat16 else 1e11,
-    "product_rate": lambda device, dtype: 1e11, "attention_rate": lambda device, dtype: 2e10,
-    "elementwise_bandwidth": lambda device, dtype: 5e9, "read_bandwidth": lambda device: 1.5e10,
+    "product_rate": lambda device, dtype: 1e11, "elementwise_bandwidth": lambda device, dtype: 5e9,
+    "read_bandwidth": lambda device: 1.5e10, "cached_bandwidth": lambda device, nbytes: 6e10,
     "call_seconds": lambda device: 4e-6,
+}  # fmt: skip
+OURS = {
+    "attention_rate": lambda dtype: 2e10, "experts_rate": lambda dtype, passing: 5e10,
+    "loss_bandwidth": lambda dtype, products: 3e9, "last_cache": lambda: 1 << 25,
 }  # fmt: skip
 
 
@@ -27,6 +33,8 @@ def rates(monkeypatch):
     """A machine whose rates are known."""
     for name, rate in RATES.items():
         monkeypatch.setattr(machine, name, rate)
+    for name, rate in OURS.items():
+        monkeypatch.setattr(measure, name, rate)
     monkeypatch.setattr(machine, "forget", lambda: None)
 
 
@@ -39,6 +47,8 @@ def test_a_sheet_holds_what_was_measured_and_is_kept(tmp_path):
     assert found.reached.gemm == pytest.approx(0.25)
     assert found.reached.passes == pytest.approx(3)
     assert found.reached.launch == 4e-6
+    assert (found.reached.attention, found.reached.grouped) == pytest.approx((0.05, 0.5))
+    assert (found.reached.loss, found.reached.cached) == pytest.approx((5, 4))
     assert found.sheet.memory > 1 << 30
     kept = machine_named(path)
     assert kept.reached._asdict() == pytest.approx(found.reached._asdict(), rel=1e-3)
@@ -71,7 +81,10 @@ def test_the_real_rates_are_rates(monkeypatch):
     machine.forget()
     device, dtype = torch.device("cpu"), torch.bfloat16
     assert machine.product_rate(device, dtype) > 1e8
-    assert machine.attention_rate(device, dtype) > 1e7
+    assert measure.attention_rate(dtype) > 1e7
+    assert 1e7 < measure.experts_rate(dtype, 1e10) < 1e13
+    assert 1e6 < measure.loss_bandwidth(dtype, 1e11) < 1e12
+    assert 1e8 < machine.cached_bandwidth(device, 1 << 20) < 1e13
     assert 1e7 < machine.elementwise_bandwidth(device, dtype) < 1e12
     assert 1e-8 < machine.call_seconds(device) < 1e-2
     machine.forget()
@@ -88,3 +101,21 @@ def test_forecast_measures_what_it_predicts(experts, tmp_path):
         assert row["predicted"] > 0
         assert row["measured"] > 0
         assert row["ratio"] == pytest.approx(row["predicted"] / row["measured"])
+
+
+@pytest.mark.usefixtures("rates")
+def test_a_model_that_the_last_cache_holds_is_read_from_it():
+    here = measured_machine()
+    assert here.reading(1 << 24).reached.bandwidth == pytest.approx(4)
+    # A quarter of 64 MiB stays, so 48 MiB cross the bus: 1 / (1/4 / 4 + 3/4).
+    assert here.reading(1 << 26).reached.bandwidth == pytest.approx(1 / (0.25 / 4 + 0.75))
+    gpu = machine_named("h100")
+    assert gpu.reading(1 << 20) is gpu
+
+
+@pytest.mark.usefixtures("rates")
+def test_a_processors_host_works_in_calls():
+    here = measured_machine()
+    slow = machine_of(dataclasses.replace(here.sheet, measured=dataclasses.replace(here.sheet.measured, launch=8e-6)))
+    assert modern_engine(slow).step == pytest.approx(2 * modern_engine(here).step)
+    assert modern_engine(slow).sequence == pytest.approx(2 * modern_engine(here).sequence)

@@ -65,6 +65,13 @@ def read_bandwidth(device: torch.device) -> float:
 
 
 @functools.cache
+def cached_bandwidth(device: torch.device, nbytes: int) -> float:
+    """Bytes per second of summing a buffer of `nbytes`, which the last cache holds, again and again."""
+    buffer = torch.ones(nbytes // 4, device=device)
+    return nbytes / best_seconds(buffer.sum, device)
+
+
+@functools.cache
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s over a linear map's three products in training: its output, the gradients of its input and weight.
 
@@ -77,20 +84,6 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
             seconds += best_seconds(run, device)
             flops += 2 * 2048 * n * k
     return flops / seconds
-
-
-@functools.cache
-def attention_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of causal attention, forward and backward, 8 rows of 256 tokens with 4 heads of 64 channels.
-
-    Half of the scores count, and the backward as 2.5 forwards (Dao 2023, section 4).
-    """
-    q, k, v = (torch.randn(8, 4, 256, 64, device=device).to(dtype).requires_grad_() for _ in range(3))
-
-    def run() -> None:
-        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
-
-    return 3.5 * 4 * 8 * 4 * 256 * 256 / 2 * 64 / best_seconds(run, device)
 
 
 @functools.cache
@@ -120,7 +113,7 @@ def call_seconds(device: torch.device) -> float:
 
 def forget() -> None:
     """Measure anew from here on: a shared machine is not as fast as it was a minute ago."""
-    for measure in (gemm_rate, read_bandwidth, product_rate, attention_rate, elementwise_bandwidth, call_seconds):
+    for measure in (gemm_rate, read_bandwidth, cached_bandwidth, product_rate, elementwise_bandwidth, call_seconds):
         measure.cache_clear()
 
 

@@ -28,6 +28,8 @@ class Efficiency(NamedTuple):
     """Share of a large product's rate that experts' products reach, beside what tiles and waves waste."""
     loss: float = 1.0
     """Bytes that the loss moves, as a multiple of what output_work counts."""
+    cached: float = 1.0
+    """Bytes/s out of the last cache, as a multiple of the bandwidth; counted on processors alone."""
 
 
 FITTED = {"training": ("gemm", "passes"), "decode": ("bandwidth",)}
@@ -45,9 +47,9 @@ FITTED = {"training": ("gemm", "passes"), "decode": ("bandwidth",)}
 # Network: 24 of 25 GB/s at best (NCCL's authors), 20 as a rule; H200 on 248 nodes 350 of 400 GB/s.
 # Overlap: none in Megatron-LM until 2022, nearly all in FSDP; an assumption in between.
 # Imbalance: an assumption for training with a balancing loss; Switch Transformer's capacity factors are 1 to 1.25.
-# Of a processor what --measure measures counts (hardware.Measured). Grouped and loss are fitted on training steps of
-# nano-dense, nano-draft and a wider mixture on 2 cores with AMX, nano left out: experts of 128 columns reach a sixth of
-# the rate of large products, and every pass over fresh float32 logits faults their pages in.
+# Of a processor what --measure measures counts (hardware.Measured); these are 2 cores of a Xeon with AMX, where experts
+# of 128 columns reached a sixth of the rate of large products, and every pass over fresh float32 logits faulted their
+# pages in.
 EFFICIENCY = {
     "a100": Efficiency(0.70, 0.85, 0.58, launch=3e-6, links=0.78, network=0.80, passes=2.8, overlap=0.7, imbalance=1.1),
     "h100": Efficiency(0.74, 0.90, 0.45, launch=3e-6, links=0.80, network=0.85, passes=6.5, overlap=0.7, imbalance=1.1),
@@ -65,10 +67,6 @@ EFFICIENCY = {
         loss=6.0,
     ),
 }
-
-OUR_ATTENTION = 2.7
-"""Rate of this project's attention on a processor as a multiple of torch's, forward and backward: 65 against 24 to 39
-GFLOP/s on 2 cores with AMX."""
 
 SPREAD = {
     "gemm": (0.9, 1.1),
@@ -128,10 +126,9 @@ class Engine(NamedTuple):
 # (github.com/sgl-project/sglang, issue 2904), NCCL in a graph 16.5 us (issue 10571). TensorRT-LLM up to 0.6 read keys
 # and values once for each query head: its blog on the H200 tells of the kernel that ended it (XQA, 2.4 times the rate
 # of Llama-2-70B). Seconds on the host are judgements: 0.3 to 1 ms of sampling and scheduling now, 5 to 10 ms in 2023;
-# those of `cpu` are of our own engine on 2 cores, from nano-draft and nano-dense at batches of 1, 4 and 16.
+# those of `cpu` are CALLS.
 ENGINES = {
     "gpu": Engine(step=500e-6, message=8e-6),
-    "cpu": Engine(step=320e-6, message=0.0, sequence=80e-6),
     "gpt-fast": Engine(step=100e-6, message=16e-6),
     "lmdeploy turbomind 0.1.0a1": Engine(step=500e-6, message=16e-6),
     "TensorRT-LLM 0.5.0": Engine(step=500e-6, message=16e-6, grouped=False),
@@ -141,7 +138,20 @@ ENGINES = {
     "vLLM 0.2 (CUDA graphs, NCCL all-reduce)": Engine(step=7.5e-3, message=16e-6),
     "vLLM 0.2 (CUDA graphs, custom all-reduce)": Engine(step=7.5e-3, message=8e-6),
 }
-"""By what serves: `gpu` and `cpu` are what plans assume, the others are those of published runs."""
+"""By what serves: `gpu` is what plans assume, the others are those of published runs."""
+
+
+class Calls(NamedTuple):
+    """What our engine does on a processor between passes of the model, in calls of an operation (`launch`)."""
+
+    step: float
+    sequence: float
+    """For each sequence of a step."""
+
+
+CALLS = Calls(step=44, sequence=10)
+"""Fitted on nano-dense, nano-draft and a wider mixture, nano left out, at batches of 1, 4 and 16, on 2 cores of an AMD
+EPYC of 2024 (36 and 8) and of a Xeon with AMX (60 and 15), which takes 3.5 times as long for a call."""
 
 READS = {"a100": 0.90, "h100": 0.80, "cpu": 1.0}
 """Share of a streaming kernel's bandwidth that kernels of decode reach, which are short and have few rows. Fitted to

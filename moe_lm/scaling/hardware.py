@@ -31,6 +31,9 @@ class Measured:
     attention: float
     passes: float
     launch: float
+    grouped: float
+    loss: float
+    cached: float
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,17 @@ class Machine:
 
     sheet: Hardware
     reached: Efficiency
+
+    def reading(self, nbytes: float) -> "Machine":
+        """This machine while it reads the same `nbytes` again and again: half of the last cache keeps its part.
+
+        On an AMD EPYC with 32 MiB, sums of 16, 64 and 256 MiB ran at 167, 74 and 56 GB/s.
+        """
+        if self.reached.cached <= 1:
+            return self
+        kept = min(1.0, self.sheet.l2_bytes / 2 / nbytes)
+        faster = 1 / (kept / self.reached.cached + 1 - kept)
+        return Machine(self.sheet, self.reached._replace(bandwidth=self.reached.bandwidth * faster))
 
 
 def machine(name: str | Path) -> Machine:

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from moe_lm.config import ModelConfig, ServingPlan
-from moe_lm.scaling.constants import ENGINES
 from moe_lm.scaling.forward import Forward, pipeline
 from moe_lm.scaling.hardware import Machine
+from moe_lm.scaling.serving import modern_engine
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def operations(
     decode is one token, prefill and the forward of a training micro-batch have no context. Raises ConfigError where tp,
     pp or ep do not fit the model.
     """
-    engine = ENGINES["cpu" if machine.sheet.family == "cpu" else "gpu"]
+    engine = modern_engine(machine)
     forward = Forward(model, plan, machine, engine, sequences, sequences * plan.ep, tokens, context)
     rows = sequences * tokens
     logits = sequences if tokens > 1 else rows

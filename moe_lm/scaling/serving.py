@@ -6,8 +6,8 @@ from functools import cache
 
 from moe_lm.config import ModelConfig, ServingPlan
 from moe_lm.scaling.collectives import send
-from moe_lm.scaling.constants import DRAFT_SHARE, ENGINES, MODEL_ERROR, READS, SERVING_SPREAD, Engine
-from moe_lm.scaling.counts import forward_flops_per_token
+from moe_lm.scaling.constants import CALLS, DRAFT_SHARE, ENGINES, MODEL_ERROR, READS, SERVING_SPREAD, Engine
+from moe_lm.scaling.counts import forward_flops_per_token, parameters
 from moe_lm.scaling.forward import Forward, pipeline
 from moe_lm.scaling.hardware import Machine
 
@@ -43,6 +43,22 @@ def flops_of_token(model: ModelConfig) -> tuple[float, float]:
     return fixed, forward_flops_per_token(model, 1) - fixed
 
 
+@cache
+def stored_bytes(model: ModelConfig, plan: ServingPlan) -> float:
+    """Bytes of the weights that a rank multiplies with, the table of tokens left out."""
+    weights = parameters(model)
+    table = weights.embedding if weights.output else 0
+    return (weights.total - table) * plan.weight_bits / 8 / serving_gpus(plan)
+
+
+def modern_engine(machine: Machine) -> Engine:
+    """The engine that plans assume: on a processor ours, whose host does its work in calls."""
+    if machine.sheet.family != "cpu":
+        return ENGINES["gpu"]
+    call = machine.reached.launch
+    return Engine(step=CALLS.step * call, message=0.0, sequence=CALLS.sequence * call)
+
+
 def serving_gpus(plan: ServingPlan) -> int:
     return plan.tp * plan.pp * plan.ep
 
@@ -75,10 +91,10 @@ def step(model: ModelConfig, plan: ServingPlan, machine: Machine, batch: float, 
     stages before its next token, and the slowest stage serves all micro-batches in turn: the step lasts the longer of
     the two. Messages between stages, and what the slowest adds to the sum of all, are the part `pipeline`.
     """
-    engine = engine or ENGINES["cpu" if machine.sheet.family == "cpu" else "gpu"]
+    engine = engine or modern_engine(machine)
     reached = machine.reached
     reached = reached._replace(bandwidth=reached.bandwidth * READS[machine.sheet.family])
-    machine = Machine(machine.sheet, reached)
+    machine = Machine(machine.sheet, reached).reading(stored_bytes(model, plan))
     layout = pipeline(model, plan.tp, plan.pp, plan.ep)
     local = max(1.0, batch / plan.ep)  # the busiest rank has a sequence, even where others have none
     flying = min(float(plan.pp), local)  # micro-batches
@@ -212,7 +228,7 @@ def forecast(model: ModelConfig, plan: ServingPlan, machine: Machine) -> Serving
 
     Each constant is moved to its worse and better value alone; deviations, as ratios, add up as independent ones do.
     """
-    engine = ENGINES["cpu" if machine.sheet.family == "cpu" else "gpu"]
+    engine = modern_engine(machine)
     mid = vars(serve(model, plan, machine, engine))
     moved = {
         name: [vars(serve(model, plan, *changed(machine, engine, name, factor))) for factor in factors]
