@@ -186,7 +186,7 @@ grouped_gemm.register_autograd(_grouped_gemm_backward, setup_context=_grouped_ge
 @library.custom_op("moe_kernels::expert_mlp_forward", mutates_args=())
 def expert_mlp_forward(
     x: Tensor, weights: Tensor, experts: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     module = implementation("expert_mlp", x, weights, experts, order, offsets, gate_up, down)
     return module.expert_mlp_forward(x, weights, experts, order, offsets, gate_up, down)
 
@@ -195,32 +195,31 @@ def expert_mlp_forward(
 def _(x, weights, experts, order, offsets, gate_up, down):
     backend = registry.select("expert_mlp", (x, weights, experts, order, offsets, gate_up, down))
     if backend == "gpu":
-        return torch.empty_like(x), x.new_empty(order.shape[0], gate_up.shape[1]), x.new_empty(0)
-    # On the CPU how many blocks of rows there are depends on the routing.
-    blocks, rows = (library.get_ctx().new_dynamic_size() for _ in range(2))
-    return torch.empty_like(x), x.new_empty(blocks, rows, gate_up.shape[1]), x.new_empty(blocks * rows, x.shape[1])
+        return torch.empty_like(x), x.new_empty(order.shape[0], gate_up.shape[1])
+    # On the CPU how many rows there are depends on the routing.
+    return torch.empty_like(x), x.new_empty(library.get_ctx().new_dynamic_size(), gate_up.shape[1])
 
 
 @library.custom_op("moe_kernels::expert_mlp_backward", mutates_args=())
 def expert_mlp_backward(
     grad: Tensor, x: Tensor, weights: Tensor, experts: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor,
-    down: Tensor, hidden: Tensor, y: Tensor,
+    down: Tensor, hidden: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     module = implementation("expert_mlp", x, weights, experts, order, offsets, gate_up, down)
-    return module.expert_mlp_backward(grad, x, weights, experts, order, offsets, gate_up, down, hidden, y)
+    return module.expert_mlp_backward(grad, x, weights, experts, order, offsets, gate_up, down, hidden)
 
 
 @expert_mlp_backward.register_fake
-def _(grad, x, weights, experts, order, offsets, gate_up, down, hidden, y):
+def _(grad, x, weights, experts, order, offsets, gate_up, down, hidden):
     return tuple(torch.empty_like(t) for t in (x, weights, gate_up, down))
 
 
 def _expert_mlp_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
 
 
-def _expert_mlp_backward(ctx, grad, *_):
+def _expert_mlp_backward(ctx, grad, _):
     grads = expert_mlp_backward(grad.contiguous(), *ctx.saved_tensors)
     return grads[0], grads[1], None, None, None, grads[2], grads[3]
 

@@ -270,8 +270,8 @@ def test_launching_reads_nothing_back(N, target):
     with assume(target), recording() as launches:
         routing = route.route(empty(N, 16, dtype=torch.float32), 2)
         x, gate_up, down = empty(N, 256), empty(16, 512, 256), empty(16, 256, 256)
-        out, hidden, nothing = expert_mlp.expert_mlp_forward(x, *routing, gate_up, down)
-        grads = expert_mlp.expert_mlp_backward(out, x, *routing, gate_up, down, hidden, nothing)
+        out, hidden = expert_mlp.expert_mlp_forward(x, *routing, gate_up, down)
+        grads = expert_mlp.expert_mlp_backward(out, x, *routing, gate_up, down, hidden)
         assert expert_mlp.expert_mlp(x, *routing, gate_up, down).shape == x.shape
     assert [grad.shape for grad in grads] == [x.shape, (N, 2), gate_up.shape, down.shape]
     assert hidden.shape == (2 * N, 512)

@@ -305,10 +305,11 @@ def test_a_library_is_compiled_once_for_each_version(compiler):
     assert len(calls.read_text().splitlines()) == 1
     assert stat.S_IMODE(first.parent.stat().st_mode) == 0o700
     assert [path.name for path in first.parent.iterdir()] == [first.name]
-    assert native.build(("-DMOE_LM_GENERIC",)) != first
+    assert native.build("decoder", ("-DMOE_LM_GENERIC",)) != first
+    assert native.build("training") != first
     compiler.write_text(compiler.read_text().replace("version 1", "version 2"))
     assert native.build() != first
-    assert len(calls.read_text().splitlines()) == 3
+    assert len(calls.read_text().splitlines()) == 4
 
 
 def test_a_directory_that_others_can_write_is_refused(compiler, monkeypatch):
@@ -330,14 +331,11 @@ def test_why_there_is_no_library(compiler, monkeypatch):
         )
         assert unavailable().endswith("compiler: x.h:3: error: no such thing")
         monkeypatch.setenv("CXX", "no-such-compiler")
-        assert (
-            unavailable()
-            == "The native decoder needs a C++ compiler, and there is no no-such-compiler, which CXX names."
-        )
+        assert unavailable() == "Native code needs a C++ compiler, and there is no no-such-compiler, which CXX names."
         monkeypatch.delenv("CXX")
         monkeypatch.setenv("PATH", "")
         assert unavailable() == (
-            "The native decoder needs a C++ compiler: none of c++, g++, clang++ is on the path; install one or set CXX."
+            "Native code needs a C++ compiler: none of c++, g++, clang++ is on the path; install one or set CXX."
         )
         assert "not torch.float16" in unavailable(torch.float16)
     finally:

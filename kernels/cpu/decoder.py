@@ -107,7 +107,7 @@ def library(generic: bool = False) -> ctypes.CDLL:
 
     Raises BuildError if it cannot be compiled.
     """
-    loaded = ctypes.CDLL(str(build(("-DMOE_LM_GENERIC",) if generic else ())))
+    loaded = ctypes.CDLL(str(build("decoder", ("-DMOE_LM_GENERIC",) if generic else ())))
     for name, result in (("moe_lm_workspace_bytes", c_int64), ("moe_lm_forward", c_int32)):
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, [POINTER(ModelArgs), POINTER(StepArgs)]

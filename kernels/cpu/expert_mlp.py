@@ -1,39 +1,45 @@
-"""The experts' MLPs as batched GEMMs over blocks of rows; one expert at a time where there are few tokens.
+"""The experts' MLPs as one batched GEMM, and a GEMM for each expert that overflows it.
 
-N tokens, K experts per token, D hidden width, F expert width, E experts. Every expert's slots are gathered into blocks
-of C rows, M blocks in all: C is a little above the mean load, so that near balance each expert has one block and its
-weights are multiplied in place, and an overloaded one takes several. Against a GEMM per expert this measured 1.6 to 2
-times as fast for 2,048 tokens of 16 experts on two cores: every operation less is a meeting of threads less. Spare
-rows are copies of token 0 that no slot reads back and whose gradient is zero.
+N tokens, K experts per token, D hidden width, F expert width, E experts. Each expert has C rows of a batched product,
+whose GEMMs run side by side, a thread each; the slots beyond C of an expert have rows of their own behind those, in a
+GEMM that all threads share. That one costs more for a row, and the rows that an expert leaves empty cost what others
+do, so C is what makes the sum of both least. Against a GEMM for every expert this measured 1.2 to 2 times as fast
+(2,048 tokens of 16 experts, 2 cores): every operation less is a meeting of threads less.
 """
 
 import itertools
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 
 from kernels.cpu import unsupported_dtype
 from kernels.cpu.grouped_gemm import bucket, padded_layout
+from kernels.cpu.passes import passes
 
 FEW_SLOTS = 32
 """Slots per expert below which inference runs only the experts that were chosen, each for as many rows as it needs."""
-SLACK = 1.25
-"""Rows in a block, as a multiple of the mean load."""
+STEP = 32
+"""Row counts of the products are multiples of this: oneDNN compiles a kernel for each that it meets."""
+OVERFLOW_ROWS = 48
+"""What a GEMM of its own costs, in rows of the batched one."""
+OVERFLOW_RATE = 1.5
+"""What a row of it costs, in the same."""
 
 
-class Blocks(NamedTuple):
+class Layout(NamedTuple):
     """Where every slot's row goes."""
 
     tokens: Tensor
-    """Token of every row, int64 (M * C,)."""
+    """Token of every row, int64 (M,); -1 for a spare row."""
+    slots: Tensor
+    """Slot of every row, int64 (M,); -1 for a spare row."""
     row_of_slot: Tensor
-    """Row of every slot, int64 (N * K,)."""
-    experts: Tensor | None
-    """Expert of every block, int64 (M,); None where block e is expert e's only one."""
+    """Row of every slot, int64 (N, K)."""
     size: int
-    """C, rows in a block."""
+    """C, rows of an expert in the batched product."""
+    overflow: list[tuple[int, slice]]
+    """The experts with more slots, and their further rows."""
 
 
 def unsupported(
@@ -54,101 +60,104 @@ def one_by_one(
     x: Tensor, weights: Tensor, experts: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
     """Output (N, D), from a GEMM for each chosen expert: what no token chose is not read from memory."""
-    starts, _ = padded_layout(offsets.diff().tolist())
-    tokens, row_of_slot = place(experts, order, offsets, torch.tensor(starts[:-1]), starts[-1])
-    rows = x.index_select(0, tokens)
+    counts = offsets.diff()
+    starts, _ = padded_layout(counts.tolist())
+    shift = torch.tensor(starts[:-1]) - offsets[:-1]
+    rows_in_order = torch.arange(len(order)) + shift.repeat_interleave(counts)
+    tokens, _, row_of_slot = place(rows_in_order, order, experts.shape, starts[-1])
+    rows = passes().gather(x, tokens)
     y = torch.empty_like(rows)
     for e, (start, end) in enumerate(itertools.pairwise(starts)):
         if end > start:
-            gate, up = torch.mm(rows[start:end], gate_up[e].t()).chunk(2, dim=1)
-            torch.mm(functional.silu(gate).mul_(up), down[e].t(), out=y[start:end])
-    return combine(y, weights, row_of_slot)
+            act = passes().swiglu(torch.mm(rows[start:end], gate_up[e].t()))
+            torch.mm(act, down[e].t(), out=y[start:end])
+    return passes().combine(y, weights, row_of_slot)
 
 
 def expert_mlp_forward(
     x: Tensor, weights: Tensor, experts: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output (N, D), and what the backward needs: pre-activations (M, C, 2F) and expert outputs (M * C, D)."""
-    blocks = make_blocks(experts, order, offsets)
-    rows = x.index_select(0, blocks.tokens).view(-1, blocks.size, x.shape[1])
-    hidden = torch.bmm(rows, of_blocks(gate_up, blocks).mT)
-    gate, up = hidden.chunk(2, dim=2)
-    y = torch.bmm(functional.silu(gate).mul_(up), of_blocks(down, blocks).mT).flatten(0, 1)
-    return combine(y, weights, blocks.row_of_slot), hidden, y
+) -> tuple[Tensor, Tensor]:
+    """Output (N, D), and the pre-activations (M, 2F) that the backward needs."""
+    layout = make_layout(order, offsets, experts.shape)
+    hidden = products(passes().gather(x, layout.tokens), gate_up.mT, layout)
+    y = products(passes().swiglu(hidden), down.mT, layout)
+    return passes().combine(y, weights, layout.row_of_slot), hidden
 
 
 def expert_mlp_backward(
     grad: Tensor, x: Tensor, weights: Tensor, experts: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor,
-    down: Tensor, hidden: Tensor, y: Tensor,
+    down: Tensor, hidden: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x (N, D), weights (N, K) float32, gate_up (E, 2F, D) and down (E, D, F)."""
-    N, K = weights.shape
-    D = x.shape[1]
-    blocks = make_blocks(experts, order, offsets)
-    shape = (-1, blocks.size, D)
-    weight_of_row = x.new_zeros(len(blocks.tokens), 1)
-    weight_of_row[blocks.row_of_slot] = weights.view(-1, 1).to(x.dtype)
-    rows = x.index_select(0, blocks.tokens).view(shape)
-    grad_y = grad.index_select(0, blocks.tokens).mul_(weight_of_row).view(shape)
-    gate, up = hidden.chunk(2, dim=2)
-    grad_act = torch.bmm(grad_y, of_blocks(down, blocks))
-    grad_hidden = torch.empty_like(hidden)
-    grad_gate, grad_up = grad_hidden.chunk(2, dim=2)
-    act = functional.silu(gate)
-    torch.mul(grad_act, act, out=grad_up)
-    act.mul_(up)
-    torch.ops.aten.silu_backward.grad_input(grad_act.mul_(up), gate, grad_input=grad_gate)
-    grad_down = of_experts(torch.bmm(grad_y.mT, act), blocks, len(down))
-    grad_gate_up = of_experts(torch.bmm(grad_hidden.mT, rows), blocks, len(down))
-    grad_rows = torch.bmm(grad_hidden, of_blocks(gate_up, blocks)).flatten(0, 1)
-    first, *others = blocks.row_of_slot.view(N, K).unbind(1)
-    grad_x = grad_rows.index_select(0, first)
-    for chosen in others:
-        grad_x.add_(grad_rows.index_select(0, chosen))
-    grad_weights = (y.index_select(0, blocks.row_of_slot).view(N, K, D) * grad[:, None]).sum(2, dtype=torch.float32)
+    """Gradients of x (N, D), weights (N, K) float32, gate_up (E, 2F, D) and down (E, D, F).
+
+    A row's output is not needed: its product with the gradient is that of `act` with the gradient through `down`.
+    """
+    layout = make_layout(order, offsets, experts.shape)
+    grad_rows = passes().gather(grad, layout.tokens)
+    act = products(grad_rows, down, layout)  # its gradient, unweighted, which becomes weight * act
+    grad_hidden, grad_weights = passes().swiglu_backward(act, hidden, weights.contiguous(), layout.slots)
+    grad_down = weight_products(grad_rows, act, layout, len(down))
+    rows = passes().gather(x, layout.tokens)
+    grad_gate_up = weight_products(grad_hidden, rows, layout, len(down))
+    grad_x = passes().combine(products(grad_hidden, gate_up, layout), None, layout.row_of_slot)
     return grad_x, grad_weights, grad_gate_up, grad_down
 
 
-def make_blocks(experts: Tensor, order: Tensor, offsets: Tensor) -> Blocks:
+def make_layout(order: Tensor, offsets: Tensor, shape: torch.Size) -> Layout:
     counts = offsets.diff()
-    size = bucket(int(len(order) / len(counts) * SLACK) + 1)
-    # An idle expert keeps a block of spare rows, so that block e is expert e's as long as none has two.
-    number = counts.add(size - 1).div_(size, rounding_mode="floor").clamp_(min=1)
-    ends = number.cumsum(0)
-    total = int(ends[-1])
-    tokens, row_of_slot = place(experts, order, offsets, (ends - number) * size, total * size)
-    chosen = None if total == len(counts) else torch.repeat_interleave(number)
-    return Blocks(tokens, row_of_slot, chosen, size)
+    loads = counts.tolist()
+    E, size = len(loads), batch_rows(loads)
+    end, starts, overflow = E * size, [], []
+    for e, load in enumerate(loads):
+        starts.append(end - size)
+        if load > size:
+            rows = bucket(load - size)
+            overflow.append((e, slice(end, end + rows)))
+            end += rows
+    ranks = torch.arange(len(order)) - offsets[:-1].repeat_interleave(counts)
+    first, further = (
+        torch.arange(E).mul_(size).repeat_interleave(counts),
+        torch.tensor(starts).repeat_interleave(counts),
+    )
+    rows_in_order = torch.where(ranks < size, first, further).add_(ranks)
+    return Layout(*place(rows_in_order, order, shape, end), size, overflow)
 
 
-def of_blocks(weight: Tensor, blocks: Blocks) -> Tensor:
-    """Weights (E, ...) as those of every block, (M, ...)."""
-    return weight if blocks.experts is None else weight.index_select(0, blocks.experts)
+def batch_rows(loads: list[int]) -> int:
+    """C for experts of these loads: a multiple of STEP."""
+    sizes = range(STEP, max(max(loads), 1) + STEP, STEP)
+    return min(sizes, key=lambda size: (cost(loads, size), size))
 
 
-def of_experts(grad: Tensor, blocks: Blocks, num_experts: int) -> Tensor:
-    """Gradients of every block's weights (M, ...) summed over each expert's blocks, (E, ...)."""
-    if blocks.experts is None:
-        return grad
-    total = torch.zeros(num_experts, *grad.shape[1:]).index_add_(0, blocks.experts, grad.float())
-    return total.to(grad.dtype)
+def cost(loads: list[int], size: int) -> float:
+    over = [load - size for load in loads if load > size]
+    return len(loads) * size + sum(OVERFLOW_ROWS + OVERFLOW_RATE * bucket(rows) for rows in over)
 
 
-def place(experts: Tensor, order: Tensor, offsets: Tensor, starts: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """The token of every row (total,) and the row of every slot (N * K,), int64, where expert e's rows begin at
-    starts[e], int64 (E,)."""
-    slots = torch.arange(len(order))
-    shift = starts - offsets[:-1]
-    row_of_slot = torch.empty_like(order).index_copy_(0, order, slots).add_(shift[experts.view(-1)])
-    tokens = torch.zeros(total, dtype=torch.int64).index_copy_(0, row_of_slot, slots // experts.shape[1])
-    return tokens, row_of_slot
-
-
-def combine(y: Tensor, weights: Tensor, row_of_slot: Tensor) -> Tensor:
-    """Sum over each token's choices of weight times row: (R, D), (N, K), (N * K,) -> (N, D)."""
-    rows = row_of_slot.view(weights.shape)
-    weights = weights.to(y.dtype)
-    out = y.index_select(0, rows[:, 0]).mul_(weights[:, :1])
-    for k in range(1, weights.shape[1]):
-        out.addcmul_(y.index_select(0, rows[:, k]), weights[:, k : k + 1])
+def products(rows: Tensor, weight: Tensor, layout: Layout) -> Tensor:
+    """Rows (M, I) by their experts' weights (E, I, O), to (M, O)."""
+    E, inner, outer = weight.shape
+    end = E * layout.size
+    out = rows.new_empty(len(rows), outer)
+    torch.bmm(rows[:end].view(E, -1, inner), weight, out=out[:end].view(E, -1, outer))
+    for e, further in layout.overflow:
+        torch.mm(rows[further], weight[e], out=out[further])
     return out
+
+
+def weight_products(grads: Tensor, rows: Tensor, layout: Layout, num_experts: int) -> Tensor:
+    """Gradients of the experts' weights, (E, O, I), from those of the outputs (M, O) and the inputs (M, I)."""
+    end = num_experts * layout.size
+    out = torch.bmm(grads[:end].view(num_experts, layout.size, -1).mT, rows[:end].view(num_experts, layout.size, -1))
+    for e, further in layout.overflow:
+        out[e].addmm_(grads[further].t(), rows[further])
+    return out
+
+
+def place(rows_in_order: Tensor, order: Tensor, shape: torch.Size, total: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Token and slot of every row (total,), -1 where it is spare, and the row of every slot (N, K), int64, where the
+    slots in `order` have `rows_in_order`."""
+    slots = torch.full((total,), -1).index_copy_(0, rows_in_order, order)
+    tokens = torch.div(slots, shape[1], rounding_mode="floor")  # -1 stays -1
+    row_of_slot = torch.empty_like(order).index_copy_(0, order, rows_in_order).view(shape)
+    return tokens, slots, row_of_slot

@@ -51,9 +51,9 @@ def expert_mlp(
 
 def expert_mlp_forward(
     x: Tensor, weights: Tensor, experts: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output (N, D), and what the backward needs: pre-activations (S, 2F) in sorted order, and nothing."""
-    return *forward(x, weights, order, offsets, gate_up, down, save=True), x.new_empty(0)
+) -> tuple[Tensor, Tensor]:
+    """Output (N, D), and what the backward needs: pre-activations (S, 2F) in sorted order."""
+    return forward(x, weights, order, offsets, gate_up, down, save=True)
 
 
 def forward(
@@ -75,7 +75,7 @@ def forward(
 
 def expert_mlp_backward(
     grad: Tensor, x: Tensor, weights: Tensor, experts: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor,
-    down: Tensor, hidden: Tensor, nothing: Tensor,
+    down: Tensor, hidden: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x (N, D), weights (N, K) float32, gate_up (E, 2F, D) and down (E, D, F)."""
     x, gate_up, down, weights = x.contiguous(), gate_up.contiguous(), down.contiguous(), weights.contiguous()

@@ -1,4 +1,4 @@
-"""The sources of the CPU decoder, and how they become a shared library: compiled once for each machine, compiler and
+"""The sources of the CPU libraries, and how one becomes a shared library: compiled once for each machine, compiler and
 version of them, kept in a cache directory of the user. Nothing is compiled at import."""
 
 import functools
@@ -34,14 +34,13 @@ def find_compiler() -> list[str]:
     command = shlex.split(named) if named else None
     if command:
         if not shutil.which(command[0]):
-            raise BuildError(f"The native decoder needs a C++ compiler, and there is no {command[0]}, which CXX names.")
+            raise BuildError(f"Native code needs a C++ compiler, and there is no {command[0]}, which CXX names.")
         return command
     for name in COMPILERS:
         if found := shutil.which(name):
             return [found]
     raise BuildError(
-        f"The native decoder needs a C++ compiler: none of {', '.join(COMPILERS)} is on the path; install one or set "
-        "CXX."
+        f"Native code needs a C++ compiler: none of {', '.join(COMPILERS)} is on the path; install one or set CXX."
     )
 
 
@@ -53,10 +52,10 @@ def cache_directory() -> Path:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = directory.stat()
     except OSError as error:
-        raise BuildError(f"The native decoder cannot keep its library in {directory}: {error.strerror}.") from None
+        raise BuildError(f"Native code cannot be kept in {directory}: {error.strerror}.") from None
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise BuildError(
-            f"The native decoder will not load code from {directory}, which other users can write; remove it or set "
+            f"Native code will not be loaded from {directory}, which other users can write; remove it or set "
             "XDG_CACHE_HOME."
         )
     return directory
@@ -72,22 +71,22 @@ def cpu_flags() -> str:
         return platform.processor() or platform.machine()
 
 
-def build(extra_flags: tuple[str, ...] = ()) -> Path:
-    """The library, compiled if it is not in the cache; raises BuildError."""
+def build(name: str = "decoder", extra_flags: tuple[str, ...] = ()) -> Path:
+    """The library of NAME.cpp, compiled if it is not in the cache; raises BuildError."""
     if os.name != "posix":
-        raise BuildError(f"The native decoder is compiled on Linux and the like only, not on {platform.system()}.")
+        raise BuildError(f"Native code is compiled on Linux and the like only, not on {platform.system()}.")
     compiler = find_compiler()
     version = run([*compiler, "--version"])
     flags = (*FLAGS, *extra_flags)
-    digest = hashlib.sha256("\0".join((*compiler, version, *flags, cpu_flags())).encode())
+    digest = hashlib.sha256("\0".join((name, *compiler, version, *flags, cpu_flags())).encode())
     for source in sorted(SOURCES.glob("*.[hc]*")):
         digest.update(source.read_bytes())
     directory = cache_directory()
-    library = directory / f"decoder-{digest.hexdigest()[:16]}.so"
+    library = directory / f"{name}-{digest.hexdigest()[:16]}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=directory) as building:
-            object_file, result = Path(building) / "decoder.o", Path(building) / "decoder.so"
-            run([*compiler, *flags, "-c", str(SOURCES / "decoder.cpp"), "-o", str(object_file)])
+            object_file, result = Path(building) / f"{name}.o", Path(building) / f"{name}.so"
+            run([*compiler, *flags, "-c", str(SOURCES / f"{name}.cpp"), "-o", str(object_file)])
             # Without -fopenmp, so that no OpenMP library is named: the symbols are those of the one that torch loaded,
             # and so is the pool of threads.
             run([*compiler, "-shared", str(object_file), "-o", str(result)])
@@ -102,4 +101,4 @@ def run(command: list[str]) -> str:
         return done.stdout
     lines = done.stderr.splitlines() or [f"exit status {done.returncode}"]
     first = next((line for line in lines if "error" in line), lines[0])
-    raise BuildError(f"The native decoder could not be compiled with {command[0]}: {first.strip()}")
+    raise BuildError(f"Native code could not be compiled with {command[0]}: {first.strip()}")
