@@ -149,8 +149,11 @@ def test_what_training_holds_is_foreseen(optimizer, data, tmp_path, monkeypatch)
     held += [value for state in trainer.optimizer.state.values() for value in state.values() if value.dim()]
     needed = sum(tensor.numel() * tensor.element_size() for tensor in held)
     assert memory.state_bytes(config) == needed
-    monkeypatch.setattr(memory, "memory_of", lambda device: needed)
+    monkeypatch.setattr(memory, "memory_of", lambda device: needed + memory.activation_bytes(config))
     memory.check_memory(config)
+    monkeypatch.setattr(memory, "memory_of", lambda device: needed)
+    with pytest.raises(ConfigError, match=r"GB for the activations of train.micro_batch_tokens = 256, and cpu has"):
+        memory.check_memory(config)
     monkeypatch.setattr(memory, "memory_of", lambda device: needed - 1)
     with pytest.raises(ConfigError, match=rf"to train, .* of train.optimizer = {optimizer}, and cpu has .* GB: lower "):
         memory.check_memory(config)

@@ -5,6 +5,7 @@
     python -m moe_lm.bench generate runs/nano           # prefill, decoding and a trace of requests
     python -m moe_lm.bench speculation runs/nano --draft runs/nano/draft
     python -m moe_lm.bench serve runs/nano              # the server under load, and what HTTP costs
+    python -m moe_lm.bench train                        # tokens/s of training, and where a step's time goes
 
 `python -m moe_lm.bench NAME ...` is `python -m moe_lm.bench.NAME ...`, and `NAME --help` its help.
 """
@@ -14,7 +15,7 @@ import sys
 
 from moe_lm.cli import Parser, run_main
 
-NAMES = ("forecast", "generate", "machine", "serve", "speculation")
+NAMES = ("forecast", "generate", "machine", "serve", "speculation", "train")
 
 
 def main(argv: list[str]) -> None:

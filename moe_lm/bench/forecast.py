@@ -10,7 +10,6 @@ was measured: other work on the machine only slows it down.
 
 import json
 import statistics
-import time
 from dataclasses import replace
 
 import torch
@@ -18,6 +17,7 @@ import torch
 from kernels.cpu.process import tune_process
 from moe_lm.bench import machine
 from moe_lm.bench.throughput import EngineContender
+from moe_lm.bench.train_step import TrainingStep
 from moe_lm.bench.workload import Case, random_text
 from moe_lm.cli import Parser, parse_run_config, run_main
 from moe_lm.config import RunConfig, require
@@ -27,7 +27,6 @@ from moe_lm.scaling.layout import settle
 from moe_lm.scaling.measure import measured_machine
 from moe_lm.scaling.serving import decode_rate
 from moe_lm.scaling.training import step_time
-from moe_lm.train.optim import make_optimizer
 
 BATCHES = (1, 16)
 """Requests that decode together."""
@@ -56,7 +55,7 @@ def add_options(parser: Parser) -> None:
 
 def compare(run: RunConfig, turns: int) -> list[dict]:
     """Tokens per second of everything, predicted and measured: the best of all turns, and the medians' ratio."""
-    train, decode = TrainingStep(run), Decoding(run)
+    train, decode = TrainingStep(replace(run, train=replace(run.train, device="cpu", dtype="auto"))), Decoding(run)
     pairs: dict[str, list[tuple[float, float]]] = {}
     for turn in range(turns):
         machine.forget()
@@ -74,42 +73,6 @@ def compare(run: RunConfig, turns: int) -> list[dict]:
         rows.append({"what": what, "predicted": predicted, "measured": measured, "ratio": predicted / measured,
                      "ratio_of_medians": middle / other})  # fmt: skip
     return rows
-
-
-class TrainingStep:
-    """Optimizer steps of one batch of random tokens, as the training loop takes them."""
-
-    def __init__(self, run: RunConfig):
-        dtype = machine.fastest_dtype(torch.device("cpu"))
-        length = run.data.sequence_length
-        rows = self.rows = max(1, run.train.batch_tokens // length)
-        self.dtype = str(dtype).removeprefix("torch.")
-        self.run, self.model = run, Transformer(run.model, compute_dtype=dtype).reset_parameters()
-        self.optimizer = make_optimizer(self.model, run.train, dtype)
-        self.tokens = torch.randint(run.model.vocab_size, (rows, length))
-        self.positions = torch.arange(length).expand(rows, length)
-        for _ in range(3):
-            self.step()
-
-    def planned(self, run: RunConfig) -> RunConfig:
-        """The run on one device, its batch in one forward."""
-        plan = replace(run.plan, dtype=self.dtype, micro_batch=self.rows, gpus=1, tp=1, pp=1, ep=1)
-        return replace(run, plan=plan)
-
-    def step(self) -> None:
-        tokens = self.tokens
-        losses = self.model.losses(tokens, tokens, self.positions, torch.zeros_like(tokens))
-        (losses.nll / tokens.numel() + losses.router_loss(self.run.model)).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.train.max_grad_norm, foreach=True)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def __call__(self, steps: int = 3) -> float:
-        """Tokens per second of a few steps."""
-        start = time.perf_counter()
-        for _ in range(steps):
-            self.step()
-        return steps * self.tokens.numel() / (time.perf_counter() - start)
 
 
 class Decoding:

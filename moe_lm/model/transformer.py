@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from moe_lm.config import ModelConfig, require
@@ -64,15 +65,18 @@ def check_buildable(config: ModelConfig) -> None:
 class Transformer(nn.Module):
     """A GPT-4-shaped decoder. Weights are float32 until cast; `compute_dtype` is that of the activations.
 
-    `compute_dtype` None follows the weights. Built under `torch.device("meta")` it costs no memory at any size. Raises
-    ConfigError where `check_buildable` does.
+    `compute_dtype` None follows the weights. With `checkpoint_blocks` the backward computes each block again from its
+    input, which is all that is kept of it (Chen et al. 2016, section 3). Built under `torch.device("meta")` it costs no
+    memory at any size. Raises ConfigError where `check_buildable` does.
     """
 
-    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None = None):
+    def __init__(
+        self, config: ModelConfig, compute_dtype: torch.dtype | None = None, checkpoint_blocks: bool = False
+    ):  # fmt: skip
         super().__init__()
         check_buildable(config)
         self.config = config
-        self.compute_dtype = compute_dtype
+        self.compute_dtype, self.checkpoint_blocks = compute_dtype, checkpoint_blocks
         self.embed_tokens = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -110,7 +114,11 @@ class Transformer(nn.Module):
         rotation = rotary_angles(self.config, positions.flatten())
         routings = []
         for block in self.layers:
-            x, routed = block(x, rotation, attend)
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                # Random numbers of the router's jitter are drawn again, too: that is checkpoint's default.
+                x, routed = checkpoint(block, x, rotation, attend, use_reentrant=False)
+            else:
+                x, routed = block(x, rotation, attend)
             if routed is not None:
                 routings.append(routed)
         return self.norm(x), routings

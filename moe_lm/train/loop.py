@@ -46,7 +46,7 @@ class Trainer:
         # Measured before the seed counts: it draws random numbers, which a resumed run would draw at another step.
         self.gemm_rate = machine.gemm_rate(self.device, self.dtype)
         torch.manual_seed(config.train.seed)
-        model = Transformer(config.model, compute_dtype=self.dtype)
+        model = Transformer(config.model, self.dtype, checkpoint_blocks=config.train.activation_checkpointing)
         self.model = model.reset_parameters(zero_residual=config.train.zero_init_residual).to(self.device)
         self.optimizer = make_optimizer(self.model, config.train, self.dtype)
         length = config.data.sequence_length
