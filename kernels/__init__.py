@@ -28,9 +28,9 @@ class Routing(NamedTuple):
     """
 
     weights: Tensor
-    """(N, K) float32, softmax over the chosen logits; differentiable."""
+    """(N, K) float32, differentiable; that they sum to 1 depends on how `route` was asked."""
     experts: Tensor
-    """(N, K) int64, largest logit first, ties to the lowest index."""
+    """(N, K) int64, largest score first, ties to the lowest index; a token's are distinct."""
     order: Tensor
     """(N * K,) int64, slots sorted by expert, in slot order within an expert."""
     offsets: Tensor
@@ -72,12 +72,17 @@ def rope_append(
     return registry.call("rope_append", q, k, v, cos, sin, k_pages, v_pages, slots, k_scales, v_scales)
 
 
-def route(logits: Tensor, top_k: int) -> Routing:
-    """Choose `top_k` experts per token and sort the slots by expert (Mixtral, section 2.1). Dropless.
+def route(logits: Tensor, top_k: int, bias: Tensor | None = None, normalize: bool = True) -> Routing:
+    """Choose `top_k` experts per token and sort the slots by expert. Dropless.
 
-    logits (N, E) float32 -> Routing. The gradient flows through `weights`.
+    A token goes to the experts with the largest logits or, with `bias`, the largest softmax(logits) + bias, which
+    weighs nothing (Wang et al. 2024, auxiliary-loss-free balancing, eq. 3). The weights of the chosen are the softmax
+    over their logits (Mixtral, section 2.1), or theirs in the softmax over all experts if not `normalize` (Switch
+    Transformer, section 2.1; OLMoE, section 2).
+
+    logits (N, E) float32, bias (E,) float32 -> Routing. The gradient flows through `weights`, to the logits alone.
     """
-    return Routing(*registry.call("route", logits, top_k))
+    return Routing(*registry.call("route", logits, top_k, bias, normalize))
 
 
 def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

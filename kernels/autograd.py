@@ -117,36 +117,44 @@ def _(q, k, v, cos, sin, k_pages, v_pages, slots, k_scales, v_scales):
 
 
 @library.custom_op("moe_kernels::route", mutates_args=())
-def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return implementation("route", logits, top_k).route(logits, top_k)
+def route(logits: Tensor, top_k: int, bias: Tensor | None, normalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return implementation("route", logits, top_k, bias, normalize).route(logits, top_k, bias, normalize)
 
 
 @route.register_fake
-def _(logits, top_k):
+def _(logits, top_k, bias, normalize):
     N, E = logits.shape
     index = logits.new_empty(N, top_k, dtype=torch.int64)
     return logits.new_empty(N, top_k), index, index.new_empty(N * top_k), index.new_empty(E + 1)
 
 
 @library.custom_op("moe_kernels::route_backward", mutates_args=())
-def route_backward(grad_weights: Tensor, weights: Tensor, experts: Tensor, num_experts: int) -> Tensor:
-    module = registry.module(registry.select("route", (weights, num_experts)), "route")
-    return module.route_backward(grad_weights, weights, experts, num_experts)
+def route_backward(grad_weights: Tensor, logits: Tensor, weights: Tensor, experts: Tensor, normalize: bool) -> Tensor:
+    """Gradient of the logits (N, E), on every device a few plain operations on (N, K) and (N, E).
+
+    A softmax p with gradients g passes p * (g - sum of g * p) on: over the chosen experts, the others getting nothing;
+    or over all of them, of which those not chosen have no g.
+    """
+    inner = grad_weights * weights
+    total = inner.sum(1, keepdim=True)
+    if normalize:
+        return torch.zeros_like(logits).scatter_(1, experts, weights * (grad_weights - total))
+    return torch.softmax(logits, 1).mul_(-total).scatter_add_(1, experts, inner)
 
 
 @route_backward.register_fake
-def _(grad_weights, weights, experts, num_experts):
-    return weights.new_empty(weights.shape[0], num_experts)
+def _(grad_weights, logits, weights, experts, normalize):
+    return torch.empty_like(logits)
 
 
 def _route_setup(ctx, inputs, output):
-    ctx.num_experts = inputs[0].shape[1]
-    ctx.save_for_backward(*output[:2])
+    logits, _, _, ctx.normalize = inputs
+    ctx.save_for_backward(logits, *output[:2])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _route_backward(ctx, grad_weights, *_):
-    return route_backward(grad_weights, *ctx.saved_tensors, ctx.num_experts), None
+    return route_backward(grad_weights, *ctx.saved_tensors, ctx.normalize), None, None, None
 
 
 route.register_autograd(_route_backward, setup_context=_route_setup)

@@ -55,13 +55,14 @@ def check(
             assert_near(again, true, dtype, f"out {i} without gradients", floor)
 
 
-def check_route(logits: Tensor, K: int) -> None:
+def check_route(logits: Tensor, K: int, bias: Tensor | None = None, normalize: bool = True) -> None:
     """The chosen backend's routing of logits (N, E), and the gradient of its weights, against the reference's."""
     logits = poisoned(logits).requires_grad_()
     twin = logits.detach().clone().requires_grad_()
-    routing = kernels.route(logits, K)
+    bias = None if bias is None else poisoned(bias)
+    routing = kernels.route(logits, K, bias, normalize)
     with use_backend("reference"):
-        true = kernels.route(twin, K)
+        true = kernels.route(twin, K, bias, normalize)
     for got, want in zip(routing[1:], true[1:], strict=True):
         assert torch.equal(got, want)
     torch.testing.assert_close(routing.weights, true.weights)
@@ -70,6 +71,9 @@ def check_route(logits: Tensor, K: int) -> None:
     true.weights.backward(gradient)
     torch.testing.assert_close(logits.grad, twin.grad)
     assert_margins_untouched(logits)
+    with torch.inference_mode():
+        for again, got in zip(kernels.route(logits, K, bias, normalize), routing, strict=True):
+            assert torch.equal(again, got)
 
 
 def several(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -87,9 +87,12 @@ def random_tokens(vocab_size: int) -> torch.Tensor:
 
 
 def same_shape(config: ModelConfig) -> ModelConfig:
-    """`config` as any file tells it: without what has no effect, the experts' width in intermediate_size."""
+    """`config` as any file tells it: without what has no effect, the experts' width in intermediate_size if it may."""
     if config.rope_scaling and config.rope_scaling.rope_type == "linear":
         config = dataclasses.replace(config, rope_scaling=RopeScaling("linear", config.rope_scaling.factor))
+    if config.routing_layers and len(config.routing_layers) < config.num_hidden_layers:
+        width = config.moe_intermediate_size
+        return dataclasses.replace(config, moe_intermediate_size=None if width == config.intermediate_size else width)
     width = config.expert_size if config.is_moe else config.intermediate_size
     return dataclasses.replace(config, intermediate_size=width, moe_intermediate_size=None)
 
@@ -113,6 +116,23 @@ def open_in_transformers(directory: Path):
     model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model.eval()
+
+
+def foreign(family: str, **settings):
+    """A random model of transformers' class `family`, its norms drawn too."""
+    import transformers
+
+    shape = {
+        "vocab_size": 150, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT,
+        "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+    config = getattr(transformers, f"{family}Config")(**{**shape, **settings})
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
 
 
 def edit(directory: Path, remove: tuple[str, ...] = (), **changes):

@@ -240,6 +240,19 @@ REFUSALS = [
         ({"router_z_loss_coef": -0.1}, "0 or more"),
         ({"router_jitter_noise": -0.1}, "at least 0"),
         ({"router_jitter_noise": 1.0}, "below 1"),
+        ({"router_bias_update_rate": -0.001}, "must be 0"),
+        ({"router_bias_update_rate": 1.0}, "below 1", "0.001 is usual"),
+        ({"router_bias_update_rate": 0.001, "uniform_routing": True}, "uniform_routing = True", "leave one"),
+        ({"expert_capacity_factor": -1.0}, "must be 0"),
+        ({"expert_capacity_factor": float("inf")}, "finite"),
+        ({"expert_capacity_factor": float("nan")}, "finite"),
+        *(
+            ({name: value, "num_local_experts": 0}, "num_local_experts = 0 has none", "leave it out")
+            for name, value in (
+                ("norm_topk_prob", False), ("seq_aux", True), ("router_bias_update_rate", 0.001),
+                ("expert_capacity_factor", 1.25), ("uniform_routing", True),
+            )
+        ),
     ),
     pytest.param(ModelConfig, {"hidden_size": 24}, ["head_dim = 3", "even"], id="ModelConfig-derived-head_dim"),
     pytest.param(SourceConfig, {"path": ""}, ["path", "empty"], id="SourceConfig-path"),
@@ -315,6 +328,7 @@ def test_refusal_names_the_value_and_the_field(cls: type, arguments: dict[str, A
         (TrainConfig, {"batch_tokens_start": 8192, "batch_ramp_steps": 1}),
         (SampleConfig, {"temperature": 0.0, "prompts": ()}),
         (ModelConfig, {"first_k_dense_replace": 3}),
+        (ModelConfig, {"uniform_routing": True, "expert_capacity_factor": 0.01, "norm_topk_prob": False}),
         (ModelConfig, {"expert_layer_period": 4, "expert_layer_offset": 3}),
         (Mamba, {"attn_layer_offset": 7}),
         (VisionEncoder, VISION | {"image_size": 14}),

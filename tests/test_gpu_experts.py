@@ -56,16 +56,28 @@ def make_routing(kind: str, N: int, E: int, K: int) -> Routing:
 @pytest.mark.parametrize(
     ("N", "E", "K"), [(0, 4, 2), (1, 1, 1), (1, 16, 2), (63, 16, 2), (200, 8, 4), (130, 64, 1), (65, 24, 3)]
 )
-def test_route(N, E, K, gpu):
-    check_route((randn(N, E) * 2).round(), K)  # few values: many ties
+@pytest.mark.parametrize("normalize", [True, False], ids=["normalised", "not"])
+@pytest.mark.parametrize("biased", [False, True], ids=["logits", "biased"])
+def test_route(N, E, K, biased, normalize, gpu):
+    bias = randn(E) / 4 if biased else None
+    check_route((randn(N, E) * 2).round(), K, bias, normalize)  # few values: many ties
+    if N == 63:
+        logits = randn(N, E)
+        logits[:, 3] += 100
+        check_route(logits, K, bias, normalize)
 
 
+def test_many_experts_in_many_blocks(gpu):
+    check_route(randn(150, 256), 8, randn(256) / 100, False)
+
+
+@pytest.mark.parametrize("options", [(), (torch.zeros(8, device=DEVICE), False)], ids=["plain", "biased"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_a_bad_logit_leaves_every_slot_in_its_place(bad, gpu):
+def test_a_bad_logit_leaves_every_slot_in_its_place(bad, options, gpu):
     logits = randn(70, 8)
     logits[3] = bad
     logits[5, 2:] = bad
-    routing = kernels.route(logits, 2)
+    routing = kernels.route(logits, 2, *options)
     assert sorted(routing.order.tolist()) == list(range(140))
     assert routing.offsets[-1] == 140
     assert all(len(set(row)) == 2 for row in routing.experts.tolist())
@@ -73,7 +85,7 @@ def test_a_bad_logit_leaves_every_slot_in_its_place(bad, gpu):
         clean = torch.ones(70, dtype=torch.bool, device=DEVICE).index_fill_(
             0, torch.tensor([3, 5], device=DEVICE), False
         )
-        assert torch.equal(routing.experts[clean], kernels.route(logits, 2).experts[clean])
+        assert torch.equal(routing.experts[clean], kernels.route(logits, 2, *options).experts[clean])
 
 
 def expert_inputs(routing: Routing, N: int, D: int, F: int, E: int) -> dict[str, Tensor]:

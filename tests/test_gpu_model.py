@@ -1,6 +1,8 @@
 """The whole model on the Triton backend: a training step and decoding give what the CPU backend gives, and run on fake
 CUDA tensors, which hold no values that anything could wait for."""
 
+import dataclasses
+
 import pytest
 import torch
 import triton_device  # before any kernel: it decides how they run
@@ -94,11 +96,15 @@ def test_a_bfloat16_training_step_is_near_the_float32_one(small_tiles):
         assert torch.cosine_similarity(got[name].flatten(), gradient.flatten(), dim=0) > 0.98, name
 
 
-def test_decoding_is_the_cpu_backends():
+@pytest.mark.parametrize("changes", [{}, {"norm_topk_prob": False, "router_bias_update_rate": 0.001}])
+def test_decoding_is_the_cpu_backends(changes):
     prompt, rest = list(range(1, 12)), [7, 3, 9, 30, 2]
     logits = {}
     for backend, device in (("gpu", DEVICE), ("cpu", "cpu")):
-        model = Transformer(MICRO).reset_parameters(torch.Generator().manual_seed(3)).to(device)
+        model = Transformer(dataclasses.replace(MICRO, **changes)).reset_parameters(torch.Generator().manual_seed(3))
+        for i, bias in enumerate(model.router_biases):
+            bias.copy_(torch.tensor([-1.0, 0.5, 1.0, -0.5]).roll(i))
+        model = model.to(device)
         with kernels.use_backend(backend):
             runner = Runner(model, 4, 16, native=False)
             steps = [Piece(prompt, 0, [2, 0], 1), Piece(rest[:1], 11, [2, 0], 1), Piece(rest[1:], 12, [2, 0], 4)]

@@ -59,10 +59,16 @@ def test_there_are_few_common_sizes():
     assert len(sizes) == 6 * 56
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_local_experts": 0}], ids=["mixture", "dense"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_local_experts": 0}, {"router_bias_update_rate": 0.001, "norm_topk_prob": False}],
+    ids=["mixture", "dense", "biased"],
+)
 @pytest.mark.parametrize("speculation", ["none", "draft", "ngram"])
 def test_an_engine_gives_the_same_through_graphs(speculation, changes, monkeypatch):
     model = make_model(3, **changes)
+    for bias in model.router_biases:
+        bias.copy_(torch.randn(bias.shape) / 4)
     params = [SamplingParams(12, temperature=i % 2, seed=i, logprobs=2) for i in range(len(PROMPTS))]
     engine = Engine(
         model,

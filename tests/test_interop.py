@@ -15,6 +15,7 @@ from hub_models import (
     TEXTS,
     assert_equal_weights,
     edit,
+    foreign,
     logit_difference,
     open_in_transformers,
     random_model,
@@ -145,23 +146,6 @@ def test_a_tokenizer_that_the_embedding_has_no_rows_for_is_refused(tmp_path, tok
 
 
 # Models of transformers in ours
-
-
-def foreign(family: str, **settings):
-    """A random model of transformers' class `family`, its norms drawn too."""
-    import transformers
-
-    shape = {
-        "vocab_size": 150, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2,
-        "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT,
-        "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": None,
-    }  # fmt: skip
-    config = getattr(transformers, f"{family}Config")(**{**shape, **settings})
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("norm.weight"):
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    return model
 
 
 FOREIGN = {

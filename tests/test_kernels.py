@@ -45,8 +45,49 @@ def test_rope_keeps_lengths_and_relative_angles():
 
 
 @pytest.mark.parametrize(("N", "E", "K"), [(1, 1, 1), (1, 16, 2), (63, 16, 2), (200, 8, 4), (17, 64, 1)])
-def test_route(N, E, K):
-    check_route(torch.randn(N, E), K)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_route(N, E, K, normalize, biased):
+    for logits in (torch.randn(N, E), (torch.randn(N, E) * 2).round(), one_expert(N, E)):
+        check_route(logits, K, torch.randn(E) / 4 if biased else None, normalize)
+
+
+def one_expert(N: int, E: int) -> torch.Tensor:
+    logits = torch.randn(N, E)
+    logits[:, E // 2] += 100
+    return logits
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_gradient_of_the_weights_is_that_of_finite_differences(normalize, biased):
+    logits = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
+    logits.data[0] = 0.5 - torch.arange(6)  # and a clear order, which a difference must not change
+    bias = torch.randn(6, dtype=torch.float64) if biased else None
+    with use_backend("reference"):
+        assert torch.autograd.gradcheck(lambda x: kernels.route(x, 3, bias, normalize).weights, logits)
+
+
+def test_a_bias_chooses_and_does_not_weigh():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -200.0, -200.0]])
+    for backend in ("cpu", "reference"):
+        with use_backend(backend):
+            plain = kernels.route(logits, 2, torch.zeros(5), False)
+            pushed = kernels.route(logits, 2, torch.tensor([-2.0, 0.0, 2.0, 0.0, 0.0]), False)
+            # Chosen though their probability is 0 in float32: still weights, not 0 / 0.
+            far = kernels.route(logits, 2, torch.tensor([0.0, 0.0, 0.0, 3.0, 3.0]))
+        assert plain.experts.tolist() == [[0, 1]]
+        assert pushed.experts.tolist() == [[2, 1]]
+        p = logits.softmax(1)[0].tolist()
+        assert plain.weights[0].tolist() == pytest.approx(p[:2])
+        assert pushed.weights[0].tolist() == pytest.approx([p[2], p[1]])
+        assert far.experts.tolist() == [[3, 4]]
+        assert far.weights.tolist() == [[0.5, 0.5]]
+
+
+def test_a_bias_of_another_dtype_is_left_to_the_reference():
+    said = kernels.explain("route", (torch.randn(3, 4), 2, torch.zeros(4).bfloat16(), True))
+    assert (said["cpu"], said["reference"]) == ("adds float32 biases only, not torch.bfloat16", "chosen")
 
 
 @settings(max_examples=50, deadline=None)

@@ -46,6 +46,21 @@ print(sorted({"torch", "numpy", "matplotlib", "kernels"} & set(sys.modules)), fi
     assert (done.returncode, done.stderr.strip()) == (0, "[]")
 
 
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [("router_bias_update_rate = 0.001", "not counted"), ("expert_capacity_factor = 1.25", "computed all the same"),
+     ("uniform_routing = True", "set plan.expert_imbalance = 1")],
+)  # fmt: skip
+def test_a_setting_that_leaves_the_plan_as_it_is_says_so(setting, reason, capsys):
+    name, _, value = setting.partition(" = ")
+    main(["nano"])
+    plain = capsys.readouterr().out
+    main(["nano", f"--model.{name}", value.lower()])
+    [line] = set(capsys.readouterr().out.splitlines()) - set(plain.splitlines())
+    assert line.startswith(f"model.{setting}: ")
+    assert reason in line
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_is_planned(name, capsys):
     plan = told(capsys, name)

@@ -24,8 +24,8 @@ from moe_lm.train.schedule import batch_rows, learning_rate
 pytestmark = pytest.mark.usefixtures("one_process")
 
 KEYS = {
-    "step", "tokens", "loss", "bits_per_byte", "aux_loss", "z_loss", "expert_load", "router_entropy", "dead_experts",
-    "grad_norm", "learning_rate", "tokens_per_s", "mfu",
+    "step", "tokens", "loss", "bits_per_byte", "aux_loss", "z_loss", "expert_load", "router_entropy",
+    "router_confidence", "drop_rate", "dead_experts", "grad_norm", "learning_rate", "tokens_per_s", "mfu",
 }  # fmt: skip
 HELD_OUT_KEYS = {"val_bits_per_byte", "val_bits_per_byte_by_source", "val_dead_experts"}
 # Schedule
@@ -89,11 +89,15 @@ def test_losses_are_those_of_plain_loops(data, tmp_path):
             block.mlp.gate.weight.mul_(100)  # routers that prefer
         losses = model.losses(batch.tokens, batch.targets, batch.positions, batch.documents)
         _, routings = model.hidden_states(batch.tokens, batch.positions, whole_rows(batch.documents))
-    aux, z, counts, entropies = [], [], [], []
+    aux, z, counts, entropies, confidences = [], [], [], [], []
+    scored = (batch.targets >= 0).flatten().tolist()
+    assert not all(scored)
     for routed in routings:
-        slots, probability, squares, entropy = [0] * 4, [0.0] * 4, 0.0, 0.0
+        slots, probability, squares, entropy, confidence = [0] * 4, [0.0] * 4, 0.0, 0.0, 0.0
+        of_scored = [0] * 4
         logits = routed.logits.double().tolist()
-        for row in logits:
+        for row, counted in zip(logits, scored, strict=True):
+            confidence += max(math.exp(logit) for logit in row) / sum(math.exp(logit) for logit in row) / len(logits)
             total = sum(math.exp(logit) for logit in row)
             squares += math.log(total) ** 2
             for expert, logit in enumerate(row):
@@ -102,7 +106,9 @@ def test_losses_are_those_of_plain_loops(data, tmp_path):
                 entropy -= p * math.log(p) / len(logits)
             for expert in sorted(range(4), key=lambda e: -row[e])[:2]:
                 slots[expert] += 1
-        counts.append(slots)
+                of_scored[expert] += counted
+        counts.append(of_scored)
+        confidences.append(confidence)
         aux.append(4 * sum(slots[e] / sum(slots) * probability[e] for e in range(4)))
         z.append(squares / len(logits))
         entropies.append(entropy)
@@ -111,6 +117,8 @@ def test_losses_are_those_of_plain_loops(data, tmp_path):
     assert losses.aux.item() == pytest.approx(sum(aux) / 2, rel=1e-5)
     assert losses.z.item() == pytest.approx(sum(z) / 2, rel=1e-5)
     assert losses.router_entropy.tolist() == pytest.approx(entropies, rel=1e-4)
+    assert losses.router_confidence.tolist() == pytest.approx(confidences, rel=1e-4)
+    assert losses.dropped.tolist() == [0, 0]
     config = dataclasses.replace(MODEL, router_aux_loss_coef=0.5, router_z_loss_coef=0.25)
     assert losses.router_loss(config).item() == pytest.approx(0.25 * sum(aux) + 0.125 * sum(z), rel=1e-5)
     assert losses.nll.item() == pytest.approx(by_hand(model, batch), rel=1e-5)
@@ -182,16 +190,18 @@ def test_held_out_bits_per_byte_by_hand(data, whole):
     _, trainer, _ = whole()
     model = trainer.model
     found = evaluate(model, data, trainer.config, 200)
-    nats, sizes = [], []
+    nats, sizes, scored = [], [], 0
     for index in range(2):
         batches = list(data.validation_batches(index, 32, 200, 1))
         assert len(batches) == 6  # rows of 32 tokens in 200
         nats.append(sum(by_hand(model, batch) for batch in batches))
         sizes.append(sum(data.token_bytes[batch.targets[batch.targets != IGNORED]].sum() for batch in batches))
+        scored += sum(batch.num_targets for batch in batches)
     each = [nat / math.log(2) / size for nat, size in zip(nats, sizes, strict=True)]
     assert found.by_source == pytest.approx(dict(zip([s.name for s in data.sources], each, strict=True)), rel=1e-5)
     assert found.bits_per_byte == pytest.approx(sum(nats) / math.log(2) / sum(sizes), rel=1e-5)
-    assert [sum(layer) for layer in found.expert_counts] == [2 * 6 * 32 * 2] * 2
+    assert 2 * 6 * 32 > scored > 2 * 5 * 32
+    assert [sum(layer) for layer in found.expert_counts] == [scored * 2] * 2
     assert found.dead_experts == sum(count == 0 for layer in found.expert_counts for count in layer)
 
 

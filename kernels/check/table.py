@@ -106,10 +106,13 @@ def experts(N: int, D: int, F: int, E: int, K: int, dtype: torch.dtype, training
     return Case(f"experts, {N} tokens, {D} x {F}, {K} of {E}", dtype, run)
 
 
-def choices(N: int, E: int, K: int) -> Case:
-    return Case(
-        f"route, {N} tokens, {K} of {E}", torch.float32, lambda: route.route(meta(N, E, dtype=torch.float32), K)
-    )
+def choices(N: int, E: int, K: int, biased: bool = False, normalize: bool = True) -> Case:
+    def run() -> None:
+        bias = meta(E, dtype=torch.float32) if biased else None
+        route.route(meta(N, E, dtype=torch.float32), K, bias, normalize)
+
+    kind = f"route{' by biased scores' if biased else ''}{'' if normalize else ' not normalised'}"
+    return Case(f"{kind}, {N} tokens, {K} of {E}", torch.float32, run)
 
 
 def groups(M: int, D: int, F: int, E: int, dtype: torch.dtype, backward: bool = True) -> Case:
@@ -177,6 +180,10 @@ def shipped() -> Iterator[Case]:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     for N, E, K in ((8192, 16, 2), (8192, 64, 8), (16, 16, 2)):
         yield choices(N, E, K)
+    for N, E, K in ((8192, 64, 8), (16, 16, 2)):
+        yield choices(N, E, K, biased=True)
+        yield choices(N, E, K, normalize=False)
+    yield choices(8192, 256, 8, biased=True, normalize=False)
     for N in (8192, 1024, 256):
         yield experts(N, 2048, 4096, 16, 2, bf16)
     yield experts(8192, 4096, 14336, 8, 2, bf16)

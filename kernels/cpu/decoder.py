@@ -43,8 +43,8 @@ class LayerArgs(ctypes.Structure):
     _fields_ = [
         (name, c_void_p)
         for name in (
-            "input_norm", "post_norm", "qkv", "attention_out", "router", "gate_up", "down", "shared_gate_up",
-            "shared_down",
+            "input_norm", "post_norm", "qkv", "attention_out", "router", "router_bias", "gate_up", "down",
+            "shared_gate_up", "shared_down",
         )
     ]  # fmt: skip
 
@@ -57,7 +57,7 @@ class ModelArgs(ctypes.Structure):
             (name, c_int64)
             for name in (
                 "layers", "hidden", "heads", "kv_heads", "head_dim", "width", "dense_width", "experts", "top",
-                "shared_width", "vocabulary", "half_weights", "half_cache",
+                "shared_width", "vocabulary", "normalize", "half_weights", "half_cache",
             )
         ),
         ("eps", c_double),
@@ -138,10 +138,11 @@ class Decoder:
 
     `layers` holds for each layer: input_layernorm and post_attention_layernorm (D,), qkv_proj ((H + 2 G) C, D), o_proj
     (D, H C); in a layer with a router gate (E, D), gate_up_proj (E, 2 F, D) and down_proj (E, D, F), with gate rows
-    before up rows, and, if there are shared experts, shared_gate_up_proj (2 Fs, D) and shared_down_proj (D, Fs); in a
+    before up rows, bias (E,) if experts are chosen by their probability and that, as kernels.route chooses them, and,
+    if there are shared experts, shared_gate_up_proj (2 Fs, D) and shared_down_proj (D, Fs); in a
     dense layer gate_up_proj (2 Fd, D) and down_proj (D, Fd). Layers of a kind are of one shape. embed_tokens and
     lm_head (V, D), norm (D,). Matrices are contiguous, of one dtype, float32 or bfloat16, and used in place: a later
-    change of them is seen. Norms and gates are copied as float32.
+    change of them is seen. Norms, gates and biases are copied as float32. `normalize` is kernels.route's.
 
     One step at a time: concurrent calls of `forward` wait for each other. Raises ValueError for weights that it cannot
     use, kernels.cpu.native.BuildError if the library cannot be compiled.
@@ -149,7 +150,8 @@ class Decoder:
 
     def __init__(
         self, layers: Sequence[Mapping[str, Tensor]], embed_tokens: Tensor, norm: Tensor, lm_head: Tensor, *,
-        heads: int, kv_heads: int, head_dim: int, top_k: int, eps: float, generic: bool = False,
+        heads: int, kv_heads: int, head_dim: int, top_k: int, eps: float, normalize: bool = True,
+        generic: bool = False,
     ):  # fmt: skip
         self.dtype = embed_tokens.dtype
         if self.dtype not in FLOAT_DTYPES:
@@ -179,12 +181,14 @@ class Decoder:
             layer.down = self._in_place(weights["down_proj"], *of_experts, hidden, inner)
             if routes:
                 layer.router = self._as_float32(weights["gate"], experts, hidden)
+                if "bias" in weights:
+                    layer.router_bias = self._as_float32(weights["bias"], experts)
             if routes and shared:
                 layer.shared_gate_up = self._in_place(weights["shared_gate_up_proj"], 2 * shared, hidden)
                 layer.shared_down = self._in_place(weights["shared_down_proj"], hidden, shared)
         self._model = ModelArgs(
             len(layers), hidden, heads, kv_heads, head_dim, width, dense_width, experts, self.top_k, shared, vocabulary,
-            self.dtype == torch.bfloat16, False, eps, self._in_place(embed_tokens, vocabulary, hidden),
+            normalize, self.dtype == torch.bfloat16, False, eps, self._in_place(embed_tokens, vocabulary, hidden),
             self._in_place(lm_head, vocabulary, hidden), self._as_float32(norm, hidden), args,
         )  # fmt: skip
 

@@ -20,17 +20,21 @@ MOST_EXPERTS = 1024
 """Experts for which a block of tokens and their choices fit a program's registers."""
 
 
-def unsupported(logits: Tensor, top_k: int) -> str | None:
+def unsupported(logits: Tensor, top_k: int, bias: Tensor | None = None, normalize: bool = True) -> str | None:
     if logits.dtype != torch.float32:
         return f"routes float32 logits only, not {logits.dtype}"
+    if bias is not None and bias.dtype != torch.float32:
+        return f"adds float32 biases only, not {bias.dtype}"
     if logits.shape[1] > MOST_EXPERTS:
         return f"routes to at most {MOST_EXPERTS} experts, not {logits.shape[1]}"
     return None
 
 
-def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def route(
+    logits: Tensor, top_k: int, bias: Tensor | None = None, normalize: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     N, E = logits.shape
-    logits = logits.contiguous()
+    logits, bias = logits.contiguous(), None if bias is None else bias.contiguous()
     weights, experts = logits.new_empty(N, top_k), logits.new_empty(N, top_k, dtype=torch.int64)
     order, offsets = experts.new_empty(N * top_k), experts.new_zeros(E + 1)
     sizes = {"K": top_k, "WIDE_K": triton.next_power_of_2(top_k), "WIDE_E": triton.next_power_of_2(E)}
@@ -38,23 +42,23 @@ def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     blocks = triton.cdiv(N, sizes["BLOCK"])
     starts = experts.new_empty(blocks, E, dtype=torch.int32)
     alone = blocks == 1
-    launch(choose_kernel, (blocks,), logits, weights, experts, starts, order, offsets, N, E, ALONE=alone, **sizes)
+    launch(
+        choose_kernel, (blocks,), logits, bias, weights, experts, starts, order, offsets, N, E, NORMALIZE=normalize,
+        ALONE=alone, **sizes,
+    )  # fmt: skip
     if not alone:
-        launch(add_counts_kernel, (min(blocks, 1),), starts, offsets, blocks, E, CHUNK=64, WIDE_E=sizes["WIDE_E"])
+        # 64 blocks of 256 experts would spill 248 bytes a thread (sm_90).
+        chunk = min(64, max(1, 4096 // sizes["WIDE_E"]))
+        launch(add_counts_kernel, (min(blocks, 1),), starts, offsets, blocks, E, CHUNK=chunk, WIDE_E=sizes["WIDE_E"])
         launch(place_kernel, (blocks,), experts, starts, order, N, E, **sizes)
     return weights, experts, order, offsets
 
 
-def route_backward(grad_weights: Tensor, weights: Tensor, experts: Tensor, num_experts: int) -> Tensor:
-    """Gradient of the logits (N, E): softmax's, scattered to the chosen experts."""
-    inner = weights * (grad_weights - (grad_weights * weights).sum(1, keepdim=True))
-    return weights.new_zeros(weights.shape[0], num_experts).scatter_(1, experts, inner)
-
-
 @triton.jit
 def choose_kernel(
-    logits, weights, experts, counts, order, offsets, N, E,
-    K: tl.constexpr, WIDE_K: tl.constexpr, WIDE_E: tl.constexpr, BLOCK: tl.constexpr, ALONE: tl.constexpr,
+    logits, bias, weights, experts, counts, order, offsets, N, E,
+    K: tl.constexpr, WIDE_K: tl.constexpr, WIDE_E: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr,
+    ALONE: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     token = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -65,22 +69,31 @@ def choose_kernel(
     free = tl.zeros((BLOCK, WIDE_E), tl.int32) + (e < E).to(tl.int32)[None, :]
     values = tl.full((BLOCK, WIDE_K), lowest, tl.float32)
     choices = tl.zeros((BLOCK, WIDE_K), tl.int32)
+    score, worth = left, left
+    if bias is not None or not NORMALIZE:
+        probability = tl.exp(left - tl.max(left, 1)[:, None])
+        probability = probability / tl.sum(probability, 1)[:, None]
+        if bias is not None:
+            score = probability + tl.load(bias + e, mask=e < E, other=0.0)[None, :]
+        if not NORMALIZE:
+            worth = probability
     # A NaN is chosen first, as torch's sort does, and makes the token's weights NaN: no choice is ever out of range.
-    key = tl.where(left == left, left, float("inf"))
+    key = tl.where(score == score, score, float("inf"))
     for i in tl.static_range(K):
-        # Among the free experts, those that hold the largest logit; of them the lowest. A logit of -inf can be chosen,
+        # Among the free experts, those that hold the largest score; of them the lowest. A score of -inf can be chosen,
         # an expert twice cannot.
         top = tl.max(tl.where(free == 1, key, lowest), 1)
         index = tl.min(tl.where((free == 1) & (key == top[:, None]), e[None, :], WIDE_E), 1)
         mine = e[None, :] == index[:, None]
         free = tl.where(mine, 0, free)
-        value = tl.sum(tl.where(mine, left, 0.0), 1)
+        value = tl.sum(tl.where(mine, worth, 0.0), 1)
         values = tl.where(k[None, :] == i, value[:, None], values)
         choices = tl.where(k[None, :] == i, index[:, None], choices)
-    p = tl.exp(values - tl.max(values, 1)[:, None])
-    p = p / tl.sum(p, 1)[:, None]
+    if NORMALIZE:
+        values = tl.exp(values - tl.max(values, 1)[:, None])
+        values = values / tl.sum(values, 1)[:, None]
     inside = valid[:, None] & (k < K)[None, :]
-    tl.store(weights + token[:, None] * K + k[None, :], p, mask=inside)
+    tl.store(weights + token[:, None] * K + k[None, :], values, mask=inside)
     tl.store(experts + token[:, None] * K + k[None, :], choices.to(tl.int64), mask=inside)
     chosen = tl.where(valid[:, None] & (e < E)[None, :], 1 - free, 0)
     count = tl.sum(chosen, 0)

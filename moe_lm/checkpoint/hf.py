@@ -16,12 +16,13 @@ from torch import Tensor
 import moe_lm.data.tokenizer as tokenizer_files
 from moe_lm.checkpoint.directory import checkpoints
 from moe_lm.checkpoint.hf_config import from_hf_config, to_hf_config
-from moe_lm.checkpoint.hf_state import from_hf_state, hf_layout, to_hf_state
+from moe_lm.checkpoint.hf_state import CORRECTION, from_hf_state, hf_layout, hf_zeros, to_hf_state
 from moe_lm.config import ConfigError, ModelConfig, require
 from moe_lm.model import Transformer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
+LEFT_OUT = re.compile(r"rotary_emb\.inv_freq$|^model\.mtp_")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -35,9 +36,9 @@ def save_hf(
 ) -> None:
     """Write `model` into an existing directory so that transformers, vLLM, llama.cpp and `load` open it.
 
-    Weights are written in `dtype`, the model's own if not given. Needs host memory for one copy of them. Files are
-    neither renamed into place nor fsynced. Raises ConfigError for a config that no family holds, and for a tokenizer
-    with more entries than the model's vocabulary or without an end of text.
+    Weights are written in `dtype`, the model's own if not given; the bias on the choice of experts stays float32. Needs
+    host memory for one copy of them. Files are neither renamed into place nor fsynced. Raises ConfigError for a config
+    that no family holds, and for a tokenizer with more entries than the model's vocabulary or without an end of text.
     """
     directory, config = Path(directory), model.config
     dtype = dtype or model.embed_tokens.dtype
@@ -50,7 +51,7 @@ def save_hf(
     settings = to_hf_config(config, dtype=dtype, bos_token_id=end, eos_token_id=end)
     # safetensors refuses views that share memory, so every tensor is copied even where nothing is to be cast.
     tensors = {
-        name: tensor.detach().to("cpu", dtype, copy=True).contiguous()
+        name: tensor.detach().to("cpu", torch.float32 if name.endswith(CORRECTION) else dtype, copy=True).contiguous()
         for name, tensor in to_hf_state(model.state_dict(), config).items()
     }
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
@@ -67,8 +68,8 @@ def load(
 ) -> Transformer:
     """The model at `path` (see `resolve_model_dir`) in eval mode, its parameters trainable.
 
-    Opens Mixtral, Mistral, Llama and GraniteMoeShared in safetensors, in one file or several. `dtype` None is that of
-    the file (where its tensors differ, the widest that holds them all), `device` None the CPU. Weights go into place
+    Opens every family of `moe_lm.checkpoint.hf_family` in safetensors, in one file or several. `dtype` None is that of
+    the file (where its weights differ, the widest that holds them all), `device` None the CPU. Weights go into place
     one tensor at a time, so the peak of memory is about one copy. Raises ModelError for a directory that is
     incomplete or damaged, or a model that `Transformer` does not compute.
     """
@@ -153,7 +154,8 @@ def read_config(directory: Path) -> ModelConfig:
 class Weights(Mapping):
     """The tensors of a directory's safetensors files by name, read when asked for. Files close with `stack`.
 
-    Tensors that are none of the parameters are left out: the rotary frequencies that old Llama files carry.
+    Tensors that are none of the parameters are left out: the rotary frequencies that old Llama files carry, and the
+    heads for tokens further ahead (multi-token prediction) of Ernie4_5_Moe's, which transformers leaves out as well.
     """
 
     def __init__(self, directory: Path, stack: ExitStack):
@@ -164,7 +166,7 @@ class Weights(Mapping):
                 opened = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{file} is damaged or incomplete ({error}): write or download it again.") from None
-            names = (name for name in opened.keys() if not name.endswith("rotary_emb.inv_freq"))  # noqa: SIM118
+            names = (name for name in opened.keys() if not LEFT_OUT.search(name))  # noqa: SIM118
             self.files.update(dict.fromkeys(names, opened))
 
     def __getitem__(self, name: str) -> Tensor:
@@ -183,9 +185,11 @@ class Weights(Mapping):
         return tuple(self.files[name].get_slice(name).get_shape())
 
     def dtype(self) -> torch.dtype:
-        """The narrowest dtype that holds every tensor. Raises ModelError where one is no plain floating point."""
+        """The narrowest dtype that holds every weight. Raises ModelError where one is no plain floating point."""
         dtype = None
         for name, file in self.files.items():
+            if name.endswith(CORRECTION):
+                continue
             kind = file.get_slice(name).get_dtype()
             if kind not in DTYPES:
                 raise ModelError(
@@ -226,7 +230,8 @@ def copy_weights(weights: Weights, model: Transformer) -> None:
 def check_names(weights: Weights, model: Transformer) -> None:
     """Raise ModelError where the tensors are not those of `model`, which may be on the meta device."""
     directory, state, tied = weights.directory, model.state_dict(), model.config.tie_word_embeddings
-    shapes = {name: tuple(place.of(state).shape) for name, place in hf_layout(model.config, weights).items()}
+    zeros = hf_zeros(model.config, weights)
+    shapes = {name: tuple(place.read(state).shape) for name, place in hf_layout(model.config, weights).items()} | zeros
     missing = [name for name in shapes if name not in weights]
     if missing:
         raise ModelError(
@@ -244,6 +249,9 @@ def check_names(weights: Weights, model: Transformer) -> None:
     ]
     if wrong:
         raise ModelError(f"{directory} has {enumeration(wrong)}: correct the config.")
+    other = [name for name in zeros if weights[name].count_nonzero()]
+    if other:
+        raise ModelError(f"{directory} holds {enumeration(other)} other than zero: moe-lm's model has no such weight.")
     if tied and HEAD in weights and not torch.equal(weights[HEAD], weights["model.embed_tokens.weight"]):
         raise ModelError(f"{directory} holds an {HEAD} other than its embedding: set tie_word_embeddings to false.")
 

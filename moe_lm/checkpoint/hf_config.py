@@ -1,94 +1,47 @@
-"""`ModelConfig` and the config.json of the four Hugging Face families that share its architecture.
-
-Mixtral is the mixture, Llama and Mistral are dense, GraniteMoeShared is the mixture with shared experts.
-"""
+"""`ModelConfig` and the config.json of the Hugging Face families of `moe_lm.checkpoint.hf_family`, both ways."""
 
 import math
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from moe_lm.config import ConfigError, ModelConfig, require
+from moe_lm.checkpoint.hf_family import (
+    ERNIE,
+    GRANITE,
+    MISTRAL,
+    MIXTRAL,
+    NO_BIAS,
+    QWEN2,
+    Family,
+    check_exportable,
+    export_family,
+    family_of,
+)
+from moe_lm.checkpoint.hf_layers import (
+    PLACING,
+    ernie_layers,
+    qwen2_layers,
+    read_layers,
+    whole,
+    write_ernie_layers,
+    write_qwen2_layers,
+)
+from moe_lm.config import ModelConfig, require
 from moe_lm.toml import from_value
-
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture of the transformers library, and what it takes a key to be that config.json leaves out."""
-
-    architecture: str
-    model_type: str
-    max_position_embeddings: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    num_key_value_heads: int | None = None
-    sliding_window: int | None = None
-    fixed: dict[str, Any] = field(default_factory=dict)
-    """Keys that an export writes as they stand, and that a file may have in no other value."""
-    is_moe: bool = False
-
-
-SILU, NO_BIAS = {"hidden_act": "silu"}, {"attention_bias": False}
-MULTIPLIERS = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
-LLAMA = Family("LlamaForCausalLM", "llama", 2048, fixed={**SILU, **NO_BIAS, "mlp_bias": False})
-MISTRAL = Family(
-    "MistralForCausalLM", "mistral", 131072, num_key_value_heads=8, sliding_window=4096, fixed=SILU
-)  # fmt: skip
-MIXTRAL = Family(
-    "MixtralForCausalLM", "mixtral", 131072, 1e-5, 1e6, num_key_value_heads=8, fixed=SILU, is_moe=True
-)  # fmt: skip
-GRANITE = Family(
-    "GraniteMoeSharedForCausalLM", "granitemoeshared", 2048, fixed={**SILU, **NO_BIAS, **MULTIPLIERS}, is_moe=True
-)  # fmt: skip
-FAMILIES = (MIXTRAL, MISTRAL, LLAMA, GRANITE)
 
 SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 COMMON = ("num_key_value_heads", "head_dim", "max_position_embeddings", "initializer_range", "rms_norm_eps",
           "rope_theta", "tie_word_embeddings")  # fmt: skip
-ROUTER = ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef", "router_z_loss_coef",
-          "router_jitter_noise")  # fmt: skip
+ROUTER = ("num_local_experts", "num_experts_per_tok")
+ROUTER_TRAINING = ("router_aux_loss_coef", "router_z_loss_coef", "router_jitter_noise", "seq_aux",
+                   "expert_capacity_factor")  # fmt: skip
+BIAS_UPDATE_RATE = 1e-3
+"""Of an Ernie4_5_Moe file that says nothing of it, whose bias is then kept in balance by more training as DeepSeek-V3's
+was (section 4.2)."""
 ROPE_KEYS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-
-
-def export_family(config: ModelConfig) -> Family:
-    """The family that an export of `config` belongs to."""
-    if config.n_shared_experts:
-        return GRANITE
-    if config.is_moe:
-        return MIXTRAL
-    # transformers 5 refuses a LlamaConfig whose heads do not divide hidden_size; Mistral without a window is the same
-    # architecture and has no such rule.
-    return MISTRAL if config.hidden_size % config.num_attention_heads else LLAMA
-
-
-def check_exportable(config: ModelConfig) -> None:
-    """Raise ConfigError where no family holds `config`: to be asked before hours are spent on training it."""
-    heads, head_dim = config.num_attention_heads, config.head_dim
-    mixed = [
-        f"model.{name} = {value}"
-        for name in ("first_k_dense_replace", "expert_layer_period")
-        if (value := getattr(config, name)) != getattr(ModelConfig, name)
-    ]
-    require(
-        not mixed,
-        f"{' and '.join(mixed)} makes some layers dense beside those that route: such a model is built, counted and "
-        "planned, but no Hugging Face family that a checkpoint is saved as holds it: leave it out to train.",
-    )
-    require(
-        config.n_shared_experts == 0 or heads * head_dim == config.hidden_size,
-        f"model.head_dim = {head_dim} must be hidden_size / num_attention_heads = {config.hidden_size} / {heads} where "
-        f"model.n_shared_experts = {config.n_shared_experts} is above 0: {GRANITE.architecture}, the format such a "
-        "model is saved in, has no other.",
-    )
-    require(
-        export_family(config) is not LLAMA or config.initializer_range <= 1,
-        f"model.initializer_range = {config.initializer_range} must be at most 1 in a dense model: transformers opens "
-        f"no {LLAMA.architecture} above it.",
-    )
 
 
 def to_hf_config(
@@ -125,26 +78,42 @@ def to_hf_config(
     if family in (MISTRAL, MIXTRAL):
         settings["sliding_window"] = None
     if family.is_moe:
-        settings.update({name: getattr(config, name) for name in ROUTER})
-        settings["intermediate_size"] = config.expert_size
+        settings.update({family.key(name): getattr(config, name) for name in ROUTER})
+        settings.update({name: getattr(config, name) for name in ROUTER_TRAINING})
         settings["output_router_logits"] = False
         # The grouped GEMM that transformers 5 takes by default refuses rows that are no multiple of 16 bytes.
         if config.hidden_size % 8 or config.expert_size % 8:
             settings["experts_implementation"] = "eager"
+    if family.shared is not None:
+        settings[family.shared] = config.n_shared_experts * config.expert_size
+    if config.is_moe and len(config.routing_layers) == config.num_hidden_layers:
+        settings["intermediate_size"] = config.expert_size
+    if family in (ERNIE, QWEN2):
+        settings["moe_intermediate_size"] = config.expert_size
+        settings.update({name: getattr(config, name) for name in PLACING})
     if family is GRANITE:
-        settings["shared_intermediate_size"] = config.n_shared_experts * config.expert_size
         settings["attention_multiplier"] = config.head_dim**-0.5
+    if family is ERNIE:
+        # Its pad_token_id is 0 where none is given, and that token's embedding would get no gradient in fine-tuning.
+        settings.update({"pad_token_id": None, "moe_num_shared_experts": config.n_shared_experts})
+        settings["router_bias_update_rate"] = config.router_bias_update_rate
+        settings.update(write_ernie_layers(config))
+    if family is QWEN2:
+        settings["norm_topk_prob"] = config.norm_topk_prob
+        settings.update(write_qwen2_layers(config))
     return settings
 
 
 def from_hf_config(settings: dict[str, Any]) -> ModelConfig:
     """The shape that a config.json of transformers 4 or 5 describes, of any family in FAMILIES.
 
-    It is the config that `to_hf_config` was given, but that the experts' width is always in `intermediate_size`, and
-    that what has no effect (the router's settings of a dense model, llama3's of a linear scaling) is at its default.
-    Raises ConfigError for an architecture, or a variation of one, that `Transformer` does not compute.
+    It is the config that `to_hf_config` was given, but that the experts' width is in `intermediate_size` where no layer
+    is dense or all are as wide, and that what has no effect (the router's settings of a dense model, llama3's of a
+    linear scaling) is at its default. Raises ConfigError for an architecture, or a variation of one, that `Transformer`
+    does not compute.
     """
     family = family_of(settings)
+    settings = settings | {key: value for key, value in family.assumed.items() if settings.get(key) is None}
     check_plain(settings, family)
     missing = [name for name in SHAPE if settings.get(name) is None]
     require(not missing, f"{', '.join(missing)} is not given, and a model has no shape without it.")
@@ -155,9 +124,12 @@ def from_hf_config(settings: dict[str, Any]) -> ModelConfig:
         values["num_key_value_heads"] = settings["num_attention_heads"]
     values.update(read_rope(settings, values["rope_theta"], values["max_position_embeddings"]))
     if family.is_moe:
-        values.update({"num_local_experts": 8, "num_experts_per_tok": 2, **given(settings, ROUTER)})
-    if family is GRANITE:
-        values["n_shared_experts"] = shared_experts(settings)
+        values.update({name: settings[family.key(name)] for name in ROUTER})
+        values.update(given(settings, ROUTER_TRAINING))
+    if family in (ERNIE, QWEN2):
+        values.update(mixed_layers(settings, family))
+    if family.shared is not None:
+        values["n_shared_experts"] = shared_experts(settings, family)
     config = from_value(ModelConfig, values, "")
     check_window(settings, family, config.max_position_embeddings)
     if family is GRANITE:
@@ -173,18 +145,6 @@ def given(settings: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     return {name: settings[name] for name in names if settings.get(name) is not None}
 
 
-def family_of(settings: dict[str, Any]) -> Family:
-    names = settings.get("architectures")
-    if not isinstance(names, list) or not names:
-        kind = settings.get("model_type")
-        names = [next((family.architecture for family in FAMILIES if family.model_type == kind), kind)]
-    family = next((family for family in FAMILIES if family.architecture == names[0]), None)
-    known = ", ".join(family.architecture for family in FAMILIES)
-    if family is None:
-        raise ConfigError(f"architecture {names[0]!r} is not one that moe-lm opens: {known}.")
-    return family
-
-
 def check_plain(settings: dict[str, Any], family: Family) -> None:
     """Refuse the variations of a family that change what it computes."""
     for key in ("quantization_config", "compression_config"):
@@ -192,7 +152,8 @@ def check_plain(settings: dict[str, Any], family: Family) -> None:
             not settings.get(key),
             f"{key} is set, and moe-lm opens no quantized weights: name the model in float32, float16 or bfloat16.",
         )
-    for key, value in {**NO_BIAS, "mlp_bias": False, **family.fixed}.items():
+    normalised = {} if family is QWEN2 else {"norm_topk_prob": True}
+    for key, value in {**NO_BIAS, "mlp_bias": False, **normalised, **family.fixed}.items():
         found = settings.get(key, value)
         require(found == value, f"{key} = {found!r} must be {value!r}: moe-lm's model computes nothing else.")
     types = settings.get("layer_types")
@@ -203,6 +164,8 @@ def check_plain(settings: dict[str, Any], family: Family) -> None:
 
 
 def check_window(settings: dict[str, Any], family: Family, limit: int) -> None:
+    if family is QWEN2:  # has a switch beside the width, which check_plain has seen off
+        return
     window = settings.get("sliding_window", family.sliding_window)
     require(
         window is None or (type(window) is int and window >= limit),
@@ -236,11 +199,34 @@ def read_rope(settings: dict[str, Any], theta: Any, max_position_embeddings: Any
     return {**values, "rope_scaling": scaling}
 
 
-def shared_experts(settings: dict[str, Any]) -> int:
-    shared, width = settings.get("shared_intermediate_size", 0), settings["intermediate_size"]
+def mixed_layers(settings: dict[str, Any], family: Family) -> dict[str, Any]:
+    """What Ernie4_5_Moe and Qwen2Moe say in keys of their own, as ModelConfig has it."""
+    whole(settings, family.key("num_local_experts"), 1)
+    width = whole(settings, "moe_intermediate_size", 1)
+    layers = ernie_layers(settings) if family is ERNIE else qwen2_layers(settings)
+    values: dict[str, Any] = read_layers(settings, layers)
+    if len(layers) == settings["num_hidden_layers"]:
+        values["intermediate_size"] = width
+    elif width != settings["intermediate_size"]:
+        values["moe_intermediate_size"] = width
+    if family is QWEN2:
+        return {**values, "norm_topk_prob": settings["norm_topk_prob"]}
+    smallest = settings.get("moe_norm_min", 1e-12)
+    require(
+        type(smallest) in (int, float) and smallest <= 1e-9,
+        f"moe_norm_min = {smallest!r} must be at most 1e-9: moe-lm's weights of the chosen experts sum to 1.",
+    )
+    values["n_shared_experts"] = settings["moe_num_shared_experts"]
+    values["router_bias_update_rate"] = settings.get("router_bias_update_rate", BIAS_UPDATE_RATE)
+    return values
+
+
+def shared_experts(settings: dict[str, Any], family: Family) -> int:
+    name = "intermediate_size" if family is GRANITE else "moe_intermediate_size"
+    shared, width = settings.get(family.shared, 0), settings[name]
     require(
         type(shared) is int and type(width) is int and width > 0 and shared >= 0 and shared % width == 0,
-        f"shared_intermediate_size = {shared!r} must be a multiple of intermediate_size = {width!r}: moe-lm's shared "
-        "experts are as wide as the routed ones.",
+        f"{family.shared} = {shared!r} must be a multiple of {name} = {width!r}: moe-lm's shared experts are as wide "
+        "as the routed ones.",
     )
     return shared // width

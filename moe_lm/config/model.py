@@ -1,5 +1,6 @@
 """The shape of a model, in the names of Hugging Face's config.json."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -174,6 +175,23 @@ class ModelConfig:
     """Weight of the router z-loss (ST-MoE, section 3.2), which keeps router logits small."""
     router_jitter_noise: float = 0.0
     """Training only: router inputs are multiplied by uniform noise in [1 - j, 1 + j] (Switch Transformer)."""
+    norm_topk_prob: bool = True
+    """Whether a token's weights are a softmax over its chosen experts' logits, so that they sum to 1 (Mixtral); else
+    they are theirs in the softmax over all experts (Switch Transformer, section 2.1; OLMoE)."""
+    seq_aux: bool = False
+    """Load-balancing loss of every row of a batch by itself, and their mean (DeepSeek-V2, section 2.2.3), in place of
+    one over the whole batch."""
+    router_bias_update_rate: float = 0.0
+    """Above 0: each expert has a bias that counts when experts are chosen and never weighs; after a training step it
+    moves by this much, up if its load is below the mean, down if above (auxiliary-loss-free balancing, Wang et al.
+    2024; DeepSeek-V3, section 2.1.2, took 0.001)."""
+    expert_capacity_factor: float = 0.0
+    """Above 0, in training only: an expert takes at most this multiple of the mean load of a micro-batch, rounded up,
+    and what comes to it later is dropped (Switch Transformer, section 2.2). It shows what dropping does to a model and
+    saves no time: what is dropped is computed, and weighs 0."""
+    uniform_routing: bool = False
+    """For benchmarks: every expert gets its exact share, since token n of a batch goes to experts (n K + j) mod E, j
+    from 0 to K - 1, whatever the router says, which only weighs them. Such a model is not served."""
 
     block: Literal["llama", "gpt2"] = "llama"
     """`llama`: RMSNorm, SwiGLU, rotary positions, no biases. `gpt2`: LayerNorm, GELU without a gate, a learned table of
@@ -220,6 +238,16 @@ class ModelConfig:
                 self.n_shared_experts == 0,
                 f"n_shared_experts = {self.n_shared_experts} needs routed experts beside them: set num_local_experts.",
             )
+            router = ("norm_topk_prob", "seq_aux", "router_bias_update_rate", "expert_capacity_factor",
+                      "uniform_routing")  # fmt: skip
+            idle = [
+                f"{name} = {value}" for name in router if (value := getattr(self, name)) != getattr(type(self), name)
+            ]
+            require(
+                not idle,
+                f"{' and '.join(idle)} says how a router works, and num_local_experts = 0 has none: set "
+                "num_local_experts, or leave it out.",
+            )
             mixed = (self.first_k_dense_replace, self.expert_layer_period, self.expert_layer_offset)
             require(
                 mixed == (0, 1, 0),
@@ -242,6 +270,22 @@ class ModelConfig:
         require(
             0 <= self.router_jitter_noise < 1,
             f"router_jitter_noise = {self.router_jitter_noise} must be at least 0 and below 1.",
+        )
+        rate = self.router_bias_update_rate
+        require(
+            0 <= rate < 1,
+            f"router_bias_update_rate = {rate} must be 0 (no bias) or more and below 1: it moves what is added to "
+            "probabilities; 0.001 is usual.",
+        )
+        require(
+            not (rate and self.uniform_routing),
+            f"router_bias_update_rate = {rate} moves a bias by which experts are chosen, and uniform_routing = True "
+            "chooses them by a token's place alone: leave one of them out.",
+        )
+        capacity = self.expert_capacity_factor
+        require(
+            0 <= capacity < math.inf,
+            f"expert_capacity_factor = {capacity} must be 0 (no limit) or a finite number above it; 1.25 is usual.",
         )
 
     @property

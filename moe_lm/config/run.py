@@ -105,6 +105,8 @@ class TrainConfig:
     distillation: float = 0.0
     """Draft only: weight in the loss of the divergence from the target's distribution, KL(target || draft), from 0, the
     text alone, to 1, the target alone (Hinton et al. 2015; DistillSpec, Zhou et al. 2024)."""
+    upcycle: str | None = None
+    """A dense model, checkpoint or run that a mixture starts from, with its tokenizer (Komatsuzaki et al. 2023)."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 leaves them alone."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -218,4 +220,9 @@ class RunConfig:
             smallest >= length,
             f"a batch of {smallest} tokens holds no row of data.sequence_length = {length}; raise "
             "train.batch_tokens_start, train.batch_tokens or train.micro_batch_tokens, or shorten the rows.",
+        )
+        require(
+            self.train.upcycle is None or self.data.tokenizer is None,
+            f"train.upcycle = {self.train.upcycle} brings its own tokenizer beside data.tokenizer = "
+            f"{self.data.tokenizer}: leave data.tokenizer out.",
         )

@@ -28,7 +28,7 @@ def make_decoder(model: Transformer, generic: bool = False) -> decoder.Decoder:
     return decoder.Decoder(
         [layer_weights(block) for block in model.layers], model.embed_tokens, model.norm.weight, model.output_weight,
         heads=config.num_attention_heads, kv_heads=config.num_key_value_heads, head_dim=config.head_dim,
-        top_k=config.num_experts_per_tok, eps=config.rms_norm_eps, generic=generic,
+        top_k=config.num_experts_per_tok, eps=config.rms_norm_eps, normalize=config.norm_topk_prob, generic=generic,
     )  # fmt: skip
 
 
@@ -44,6 +44,8 @@ def layer_weights(block: Block) -> dict[str, Tensor]:
     weights |= {
         "gate": mlp.gate.weight, "gate_up_proj": mlp.experts.gate_up_proj, "down_proj": mlp.experts.down_proj,
     }  # fmt: skip
+    if mlp.e_score_correction_bias is not None:
+        weights["bias"] = mlp.e_score_correction_bias
     if mlp.shared_experts is not None:
         weights["shared_gate_up_proj"] = mlp.shared_experts.gate_up_proj.weight
         weights["shared_down_proj"] = mlp.shared_experts.down_proj.weight

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from moe_lm.config import ConfigError, ModelConfig
+from moe_lm.config import ConfigError, ModelConfig, require
 from moe_lm.engine.batch import Batch, Piece, Size, build, pages_of, passes
 from moe_lm.engine.graphs import Graphs, common_size
 from moe_lm.engine.native import make_decoder, why_not
@@ -54,13 +54,25 @@ class Runner:
     """`native` says whether to take the native step; None takes it where it can run, and `why_eager` says why not.
 
     `deterministic` makes a row's bits independent of its batch where they would not be; in float32 on a CPU they always
-    are. Raises ConfigError where `native` is demanded and cannot run.
+    are. Raises ConfigError where `native` is demanded and cannot run, and for a model whose routing is more than a
+    function of the token: with `uniform_routing`, or in training mode where that drops tokens or adds noise.
     """
 
     def __init__(
         self, model: Transformer, blocks: int, block_size: int, *, kv_dtype: torch.dtype | None = None,
         native: bool | None = None, deterministic: bool = False,
     ):  # fmt: skip
+        require(
+            not model.config.uniform_routing,
+            "model.uniform_routing = True sends a token to experts by its place in the batch, so that what a request "
+            "gets would depend on the others: it is for timing the training; leave it out to serve.",
+        )
+        training = {name: getattr(model.config, name) for name in ("expert_capacity_factor", "router_jitter_noise")}
+        set_ones = " and ".join(f"{name} = {value}" for name, value in training.items() if value)
+        require(
+            not (model.training and set_ones),
+            f"the model is in training mode, where {set_ones} changes its routing: call its eval() before serving it.",
+        )
         self.model, self.device, self.block_size = model, model.embed_tokens.device, block_size
         shape, dtype = cache_shape(model.config, blocks, block_size), cache_dtype(model)
         self.keys, self.values = (torch.zeros(shape, dtype=kv_dtype or dtype, device=self.device) for _ in range(2))

@@ -14,7 +14,15 @@ import kernels
 from moe_lm.config import ModelConfig, require
 from moe_lm.model.attention import Attend, Attention, Rotation, whole_rows
 from moe_lm.model.layers import Linear, RMSNorm, SwiGLU, rotary_angles
-from moe_lm.model.moe import MoE, Routed, expert_counts, load_balancing_loss, router_entropy, router_z_loss
+from moe_lm.model.moe import (
+    MoE,
+    Routed,
+    expert_counts,
+    load_balancing_loss,
+    router_confidence,
+    router_entropy,
+    router_z_loss,
+)  # fmt: skip
 
 
 @dataclass
@@ -28,9 +36,14 @@ class Losses:
     z: Tensor
     """Router z-loss; 0 for a dense model."""
     expert_counts: Tensor
-    """Slots that each expert of each layer that routes got, int64 (R, E); (0, 0) for a dense model."""
+    """Slots of scored tokens that each expert of each layer that routes got, before any is dropped, int64 (R, E);
+    (0, 0) for a dense model."""
     router_entropy: Tensor
     """Mean entropy of the router's distribution, in nats, float32 (R,)."""
+    router_confidence: Tensor
+    """Mean over tokens of the largest probability of the router's distribution, float32 (R,)."""
+    dropped: Tensor
+    """Share of all slots that were dropped since their expert was full, float32 (R,)."""
 
     def router_loss(self, config: ModelConfig) -> Tensor:
         """The weighted router losses, which training adds to the mean cross-entropy."""
@@ -102,7 +115,23 @@ class Transformer(nn.Module):
             else:
                 writes = name.endswith(("o_proj.weight", "down_proj", "down_proj.weight"))
                 nn.init.normal_(parameter, std=std * residual_scale if writes else std, generator=generator)
+        for bias in self.router_biases:
+            nn.init.zeros_(bias)
         return self
+
+    @property
+    def router_biases(self) -> list[Tensor]:
+        """The biases that balance the layers that route, each float32 (E,); none without `router_bias_update_rate`."""
+        layers = self.config.routing_layers if self.config.router_bias_update_rate else ()
+        return [self.layers[layer].mlp.e_score_correction_bias for layer in layers]
+
+    def update_router_biases(self, counts: Tensor) -> None:
+        """`MoE.update_bias` of every layer that routes: once in an optimizer step, of all its micro-batches.
+
+        counts int64 (R, E), the sum of their `Losses.expert_counts`.
+        """
+        for layer, of_layer in zip(self.config.routing_layers, counts, strict=True):
+            self.layers[layer].mlp.update_bias(of_layer)
 
     def hidden_states(self, tokens: Tensor, positions: Tensor, attend: Attend) -> tuple[Tensor, list[Routed]]:
         """Normed states (..., D) before the projection to the vocabulary, and the routing of each layer that routes.
@@ -143,11 +172,15 @@ class Transformer(nn.Module):
         nll = kernels.cross_entropy(x.flatten(0, -2), self.output_weight, targets.flatten())
         zero = nll.new_zeros(())
         if not routings:
-            return Losses(nll, zero, zero, tokens.new_zeros(0, 0), nll.new_zeros(0))
+            return Losses(nll, zero, zero, tokens.new_zeros(0, 0), *[nll.new_zeros(0)] * 3)
+        rows = len(tokens) if self.config.seq_aux else 1
+        scored = targets.flatten() >= 0
         return Losses(
             nll,
-            torch.stack([load_balancing_loss(routed) for routed in routings]).mean(),
+            torch.stack([load_balancing_loss(routed, rows) for routed in routings]).mean(),
             torch.stack([router_z_loss(routed) for routed in routings]).mean(),
-            torch.stack([expert_counts(routed.routing) for routed in routings]),
+            torch.stack([expert_counts(routed.routing, scored) for routed in routings]),
             torch.stack([router_entropy(routed) for routed in routings]),
+            torch.stack([router_confidence(routed) for routed in routings]),
+            torch.stack([zero if routed.dropped is None else routed.dropped for routed in routings]),
         )

@@ -14,6 +14,12 @@ COMPONENTS = {
     "attention": "attention", "mamba": "Mamba", "cross_attention": "cross-attention", "router": "routers",
     "embedding": "embedding", "output": "output", "norms": "norms", "vision_encoder": "vision encoder",
 }  # fmt: skip
+UNPLANNED = {
+    "router_bias_update_rate": "the biases, a float32 for each routed expert, are no parameters and are not counted",
+    "expert_capacity_factor": "a dropped slot is computed all the same, so the plan is that of a dropless router",
+    "uniform_routing": "the load of a rank is planned as that of any router: set plan.expert_imbalance = 1",
+}
+"""Settings of a router that the plan is the same with, and why."""
 
 
 def interval(values: Interval | Range, show: Callable[[float], str]) -> str:
@@ -55,6 +61,11 @@ def parameters_text(plan: Plan) -> str:
     only = plan.model.only_planned
     note = (
         f"\nplanned only, moe_lm.model does not build it: {', '.join(f'model.{name}' for name in only)}" if only else ""
+    )
+    note += "".join(
+        f"\nmodel.{name} = {getattr(plan.model, name)}: {reason}"
+        for name, reason in UNPLANNED.items()
+        if getattr(plan.model, name)
     )
     return (
         f"{plan.name}: {short(counts.total)} parameters, {short(counts.active)} active per token\n{table(rows)}{note}"

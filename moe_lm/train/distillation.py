@@ -64,7 +64,9 @@ def distillation_losses(
         batch.targets.flatten(), distillation,
     )  # fmt: skip
     zero = nll.new_zeros(())
-    return DistillationLosses(nll, zero, zero, batch.tokens.new_zeros(0, 0), nll.new_zeros(0), total, acceptance)
+    return DistillationLosses(
+        nll, zero, zero, batch.tokens.new_zeros(0, 0), *[nll.new_zeros(0)] * 3, total, acceptance
+    )  # fmt: skip
 
 
 class FusedDistillation(torch.autograd.Function):

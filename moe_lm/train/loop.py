@@ -24,6 +24,7 @@ from moe_lm.train.evaluate import Evaluation, evaluate
 from moe_lm.train.metrics import MetricsLog, ProgressLine
 from moe_lm.train.optim import make_optimizer
 from moe_lm.train.schedule import batch_rows, learning_rate
+from moe_lm.train.upcycle import upcycle
 
 
 class NotFinite(RuntimeError):
@@ -63,9 +64,11 @@ class Trainer:
         self.resume()
 
     def resume(self) -> None:
-        """Take up the newest complete checkpoint, if there is one."""
+        """Take up the newest complete checkpoint, if there is one; else the dense model that the run starts from."""
         found = checkpoints(self.run_dir)
         if not found:
+            if self.config.train.upcycle is not None:
+                upcycle(self.model, self.config.train.upcycle)
             return
         load_state(found[-1], self.model)
         progress = load_train_state(found[-1], self.model, self.optimizer)
@@ -144,6 +147,8 @@ class Trainer:
         self.check_finite(self.step + 1, metrics, "loss", "aux_loss", "z_loss", "grad_norm")
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.config.model.router_bias_update_rate:
+            self.model.update_router_biases(sum(losses.expert_counts for _, losses in parts))
         self.step += 1
         self.evaluation = None
         tokens = sum(batch.tokens.numel() for batch in batches)
@@ -170,21 +175,36 @@ class Trainer:
         return batches
 
     def collect(self, parts: list[tuple[float, Losses]], num_targets: int, num_bytes: int) -> dict[str, Any]:
-        """The step's losses and routing as plain numbers."""
-        nll = sum(losses.nll.item() for _, losses in parts)
-        counts = sum(losses.expert_counts for _, losses in parts)
-        load = counts / counts.sum(1, keepdim=True)
+        """The step's losses and routing as plain numbers; routing as it was for the step, before its biases move."""
+        every = [losses for _, losses in parts]
+        tensors = {
+            "nll": torch.stack([losses.nll for losses in every]),
+            "expert_counts": sum(losses.expert_counts for losses in every),
+        }
+        for name in ("aux", "z", "router_entropy", "router_confidence", "dropped"):
+            tensors[name] = sum(share * getattr(losses, name) for share, losses in parts)
+        if self.target is not None:
+            tensors["acceptance"] = torch.stack([losses.acceptance for losses in every])
+        if self.config.model.router_bias_update_rate:
+            tensors["expert_bias"] = torch.stack(self.model.router_biases)
+        found = read_once(tensors)
+        nll = sum(found["nll"])
+        loads = [[count / max(1, sum(layer)) for count in layer] for layer in found["expert_counts"]]
         metrics = {
             "loss": nll / num_targets,
             "bits_per_byte": nll / math.log(2) / num_bytes,
-            "aux_loss": sum(share * losses.aux.item() for share, losses in parts),
-            "z_loss": sum(share * losses.z.item() for share, losses in parts),
-            "expert_load": [[round(value, 5) for value in layer] for layer in load.tolist()],
-            "router_entropy": [round(value, 5) for value in parts[-1][1].router_entropy.tolist()],
-            "dead_experts": int((counts == 0).sum()),
+            "aux_loss": found["aux"],
+            "z_loss": found["z"],
+            "expert_load": [[round(value, 5) for value in layer] for layer in loads],
+            "router_entropy": [round(value, 5) for value in found["router_entropy"]],
+            "router_confidence": [round(value, 5) for value in found["router_confidence"]],
+            "drop_rate": [round(value, 5) for value in found["dropped"]],
+            "dead_experts": sum(count == 0 for layer in found["expert_counts"] for count in layer),
         }
+        if "expert_bias" in found:
+            metrics["expert_bias"] = [[round(value, 7) for value in layer] for layer in found["expert_bias"]]
         if self.target is not None:
-            metrics["acceptance"] = sum(losses.acceptance.item() for _, losses in parts) / num_targets
+            metrics["acceptance"] = sum(found["acceptance"]) / num_targets
         return metrics
 
     def check_finite(self, step: int, metrics: dict[str, Any], *names: str) -> None:
@@ -242,6 +262,14 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def read_once(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The numbers of several tensors, as `tolist` has them, by one copy from their device, and so one wait for it."""
+    # float64 holds every float32, and every count below 2^53.
+    whole = torch.cat([tensor.detach().flatten().double() for tensor in tensors.values()]).cpu()
+    parts = whole.split([tensor.numel() for tensor in tensors.values()])
+    return {name: part.view(tensors[name].shape).tolist() for name, part in zip(tensors, parts, strict=True)}
 
 
 def evaluation_text(step: int, evaluation: Evaluation) -> str:

@@ -19,6 +19,7 @@ from moe_lm.toml import load_config, to_toml
 from moe_lm.train.distillation import check_distillation
 from moe_lm.train.loop import Trainer
 from moe_lm.train.memory import check_memory
+from moe_lm.train.upcycle import check_upcycling
 
 CONFIG_FILE = "config.toml"
 
@@ -96,17 +97,35 @@ def draft_config(config: RunConfig, config_path: Path, run_dir: Path) -> RunConf
 def open_run(run_dir: Path, config: RunConfig, draft: RunConfig | None) -> None:
     """Make the directories. They are a run only once `train` has written its config there.
 
-    Raises ConfigError for a model that cannot be built, saved, held in memory or distilled, and for a directory that
-    cannot be written.
+    Raises ConfigError for a model that cannot be built, saved, held in memory, distilled or upcycled, and for a
+    directory that cannot be written.
     """
+    require(
+        draft is None or draft.train.upcycle is None,
+        f"draft = {config.draft} has a train.upcycle, and a draft has its target's tokenizer: leave it out there.",
+    )
     for folder, settings, target in ((run_dir, config, None), (run_dir / "draft", draft, config.model)):
         if settings is not None:
             check_buildable(settings.model)
             check_exportable(settings.model)
             check_memory(settings)
             check_distillation(settings, target)
+            check_start(settings, folder)
             with writable(folder):
                 folder.mkdir(parents=True, exist_ok=True)
+
+
+def check_start(config: RunConfig, run_dir: Path) -> None:
+    """Raise ConfigError where `train.upcycle` cannot start a run, or is not what a run with a checkpoint began with."""
+    if not checkpoints(run_dir):
+        check_upcycling(config)
+    elif (run_dir / CONFIG_FILE).exists():
+        began, here = load_config(run_dir / CONFIG_FILE).train.upcycle, config.train.upcycle
+        require(
+            began == here,
+            f"train.upcycle = {here or 'none'} is not the {began or 'none'} that {run_dir} began with: resume without "
+            "--train.upcycle.",
+        )
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
@@ -142,7 +161,7 @@ def train(
     say(
         f"{run_dir}: {counts.total / 1e6:.1f}M parameters, {counts.active / 1e6:.1f}M active per token "
         f"({kind if config.model.is_moe else 'dense'}), {config.train.steps} steps in {trainer.dtype} on "
-        f"{trainer.device}" + (f", resumed at step {trainer.step}" if trainer.step else "")
+        f"{trainer.device}" + beginning(trainer)
     )
     if not trainer.run():
         say(f"stopped after step {trainer.step}; everything is saved in {checkpoints(run_dir)[-1]}")
@@ -150,11 +169,20 @@ def train(
     return TrainedModel(run_dir, config, trainer)
 
 
+def beginning(trainer: Trainer) -> str:
+    """What the run goes on from, if not from random weights."""
+    if trainer.step:
+        return f", resumed at step {trainer.step}"
+    upcycled = trainer.config.train.upcycle
+    return f", upcycled from {upcycled}" if upcycled is not None else ""
+
+
 def prepare(config: RunConfig, run_dir: Path, say: Callable[[str], None]) -> PreparedData:
-    """The run's data, with the tokenizer of its newest checkpoint if it has one."""
+    """The run's data, with the tokenizer of its newest checkpoint if it has one, else of the model it starts from."""
     from moe_lm.checkpoint import load_tokenizer
 
-    tokenizer = load_tokenizer(run_dir) if checkpoints(run_dir) else None
+    begun = run_dir if checkpoints(run_dir) else config.train.upcycle
+    tokenizer = load_tokenizer(begun) if begun is not None else None
     data = prepare_data(config.data, config.model.vocab_size, tokenizer=tokenizer, progress=say)
     for source in data.sources:
         if source.train is not None:

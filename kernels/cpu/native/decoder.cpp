@@ -53,7 +53,7 @@ struct Forward {
   const Model& m;
   const Step& step;
   const int64_t N, D, stride, attention_width, attention_stride, qkv_width, qkv_stride, token_panels, most_panels;
-  float *x, *normed, *qkv, *attended, *expert_out, *logits, *weights;
+  float *x, *normed, *qkv, *attended, *expert_out, *logits, *scores, *weights;
   Activation *panels, *expert_panels, *hidden, *shared_hidden;
   std::vector<Slots> slots;  // of each layer with a router
   Counter* counters;
@@ -78,6 +78,7 @@ struct Forward {
       hidden = arena.take<Activation>(most_panels * Engine::panel_size(m.width));
       expert_out = arena.take<float>(most_panels * TILE * stride);
       logits = arena.take<float>(N * m.experts);
+      scores = arena.take<float>(2 * N * m.experts);
       weights = arena.take<float>(N * m.top);
       for (int64_t l = 0; l < m.layers; l++) {
         if (!m.layer[l].router) continue;
@@ -222,7 +223,8 @@ struct Forward {
       for (int64_t i = p * TILE; i < end_of(p); i++) {
         norm(x + i * stride, layer.post_norm, normed + i * stride);
         router_logits(normed + i * stride, layer.router, m.experts, stride, logits + i * m.experts);
-        choose(logits + i * m.experts, m.experts, m.top, chosen + i * m.top, weights + i * m.top);
+        choose(logits + i * m.experts, layer.router_bias, m.normalize, m.experts, m.top, chosen + i * m.top,
+               weights + i * m.top, scores + 2 * i * m.experts);
       }
       if (m.shared_width) pack_rows(p, normed, stride, D);
     });

@@ -11,12 +11,14 @@ struct Layer {
   const float *input_norm, *post_norm;  // (D)
   const void *qkv, *attention_out;      // ((H + 2 G) C, D), (D, H C)
   const float* router;                  // (E, D), null in a dense layer
+  const float* router_bias;             // (E), null if the experts are chosen by their logits
   const void *gate_up, *down;           // (E, 2 F, D) and (E, D, F), or (2 Fd, D) and (D, Fd)
   const void *shared_gate_up, *shared_down;
 };
 
 struct Model {
   int64_t layers, hidden, heads, kv_heads, head_dim, width, dense_width, experts, top, shared_width, vocabulary;
+  int64_t normalize;                 // whether the weights of the chosen experts sum to 1
   int64_t half_weights, half_cache;  // whether weights, keys and values are bfloat16
   double eps;
   const void *embedding, *head;  // (V, D)

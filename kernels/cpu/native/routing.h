@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <functional>
 
 #include "vector.h"
 
@@ -17,19 +19,43 @@ inline void router_logits(const float* row, const float* router, int64_t experts
   }
 }
 
-// The `top` largest logits, ties to the lowest index, and their softmax. Always `top` different experts: a NaN is
-// larger than nothing, and the first of what is left is taken where nothing is larger.
-inline void choose(const float* logits, int64_t experts, int64_t top, int32_t* chosen, float* weights) {
+// The softmax over all experts' logits, (experts,).
+inline void softmax(const float* logits, int64_t experts, float* probability) {
+  const float largest = *std::max_element(logits, logits + experts);
+  float total = 0;
+  for (int64_t e = 0; e < experts; e += LANES)
+    store_first(probability + e, exponential(load_first(logits + e, experts - e) - largest), experts - e);
+  for (int64_t e = 0; e < experts; e++) total += probability[e];
+  for (int64_t e = 0; e < experts; e++) probability[e] /= total;
+}
+
+// The experts with the `top` largest scores, ties to the lowest index. Always `top` different ones: a NaN is larger than
+// nothing, and the first of what is left is taken where nothing is larger.
+inline void best_of(const float* scores, int64_t experts, int64_t top, int32_t* chosen) {
   for (int64_t k = 0; k < top; k++) {
     int64_t best = -1;
     for (int64_t e = 0; e < experts; e++) {
       if (std::find(chosen, chosen + k, e) != chosen + k) continue;
-      if (best < 0 || logits[e] > logits[best] || (std::isnan(logits[best]) && !std::isnan(logits[e]))) best = e;
+      if (best < 0 || scores[e] > scores[best] || (std::isnan(scores[best]) && !std::isnan(scores[e]))) best = e;
     }
     chosen[k] = best;
-    weights[k] = logits[best];
   }
-  float largest = weights[0], total = 0;
+}
+
+// The experts that a row goes to, by their logits or, with a bias, by probability + bias; and their weights: the softmax
+// over their logits, or theirs in the one over all experts if not `normalize`. `room` is (2, experts).
+inline void choose(const float* logits, const float* bias, bool normalize, int64_t experts, int64_t top,
+                   int32_t* chosen, float* weights, float* room) {
+  float *probability = room, *scores = room + experts;
+  if (bias || !normalize) softmax(logits, experts, probability);
+  if (bias) std::transform(probability, probability + experts, bias, scores, std::plus<float>());
+  best_of(bias ? scores : logits, experts, top, chosen);
+  if (!normalize) {
+    for (int64_t k = 0; k < top; k++) weights[k] = probability[chosen[k]];
+    return;
+  }
+  for (int64_t k = 0; k < top; k++) weights[k] = logits[chosen[k]];
+  float largest = *std::max_element(weights, weights + top), total = 0;
   for (int64_t k = 0; k < top; k++) {
     weights[k] = exponential(splat(weights[k] - largest))[0];
     total += weights[k];
