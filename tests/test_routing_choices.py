@@ -169,6 +169,31 @@ def test_evaluation_is_dropless(choosing):
     assert model.train().losses(*batch).dropped.min() > 0.5
 
 
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"router_bias_update_rate": -0.001}, ["must be 0"]),
+        ({"router_bias_update_rate": 1.0}, ["below 1", "0.001 is usual"]),
+        ({"router_bias_update_rate": 0.001, "uniform_routing": True}, ["uniform_routing = True", "leave one"]),
+        ({"expert_capacity_factor": -1.0}, ["must be 0"]),
+        ({"expert_capacity_factor": math.inf}, ["finite"]),
+        ({"expert_capacity_factor": math.nan}, ["finite"]),
+        *(
+            ({name: value, "num_local_experts": 0}, ["num_local_experts = 0 has none", "leave it out"])
+            for name, value in (
+                ("norm_topk_prob", False), ("seq_aux", True), ("router_bias_update_rate", 0.001),
+                ("expert_capacity_factor", 1.25), ("uniform_routing", True),
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(settings, parts):
+    name, value = next(iter(settings.items()))
+    with pytest.raises(ConfigError) as error:
+        ModelConfig(**settings)
+    assert all(part in str(error.value) for part in [f"{name} = {value}", *parts])
+
+
 # Losses
 
 
