@@ -216,7 +216,7 @@ def test_head_dim_follows_the_override(config_file):
         (["--train.learning-rate", "fast"], "--train.learning_rate = 'fast' must be a number."),
         (["--train.learning-rate", "nan"], "--train.learning_rate = nan must be a finite number."),
         (["--train.tensorboard", "yes"], "--train.tensorboard = 'yes' must be true or false."),
-        (["--train.decay", "step"], "--train.decay = 'step' must be one of 'cosine', 'linear'."),
+        (["--train.decay", "step"], "--train.decay = 'step' must be one of 'cosine', 'linear', 'wsd'."),
         (["--model.head_dim", "x"], "--model.head_dim = 'x' must be a whole number."),
         (["--run-dir", "\udcff"], r"--run_dir = '\udcff' must be valid UTF-8."),
         (["--sample.prompts", "hi"], "--sample.prompts = 'hi' must be written as in TOML: [\"TEXT\", ...]."),
@@ -336,7 +336,8 @@ def test_help_lists_every_setting_with_type_doc_and_default(capsys, config_file)
         "--model.vision.patch_size INTEGER Pixels on a side of a patch; an image has (image_size / patch_size)^2 "
         "tokens. (no default)",
         "Base of the rotary frequencies (Su et al. 2021). (default 10000.0)",
-        '--train.decay cosine|linear Shape of the decay from the peak to the end. (default "cosine")',
+        "--train.decay cosine|linear|wsd Shape of the decay from the peak to the end; `wsd` stays at the peak",
+        'and then falls as 1 - sqrt (Hu et al. 2024; Haegele et al. 2024). (default "cosine")',
         "Whether the output projection is the embedding itself. (default false)",
         r'continues in the report. (default ["def main(", "class ", "import os\n"])',
     ]:

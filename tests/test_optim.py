@@ -194,6 +194,77 @@ def test_three_steps_are_torchs_muon_on_every_matrix_alone():
             torch.testing.assert_close(matrix, copy, rtol=0, atol=2e-3, msg=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_expert_is_updated_as_if_it_were_alone(dtype):
+    """And one that met no token stays where it is but for its decay: zero is not blown up to an orthogonal matrix."""
+    config = TrainConfig(optimizer="muon", weight_decay=0.5, muon_momentum=0.8)
+    model = Transformer(MODEL).reset_parameters()
+    optimizer = make_optimizer(model, config, dtype)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.02
+    experts = model.layers[1].mlp.experts
+    before = {name: p.detach().clone() for name, p in experts.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    gradients = {}
+    for name, parameter in experts.named_parameters():
+        parameter.grad[2] = 0
+        gradients[name] = parameter.grad.clone()
+    optimizer.step()
+    for name, parameter in experts.named_parameters():
+        parts = 2 if name == "gate_up_proj" else 1
+        for expert, gradient in enumerate(gradients[name]):
+            # The first step's Nesterov momentum is the gradient times 1 - momentum^2; its size does not matter.
+            update = torch.cat([orthogonalize(part[None].to(dtype))[0].float() for part in gradient.chunk(parts)])
+            rows, columns = len(gradient) // parts, gradient.shape[1]
+            expected = (1 - 0.02 * 0.5) * before[name][expert] - 0.02 * max(1.0, rows / columns) ** 0.5 * update
+            near = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 1e-3}
+            torch.testing.assert_close(parameter[expert], expected, **near, msg=f"{name} {expert}")
+            if expert == 2:
+                assert torch.equal(parameter[expert], (1 - 0.02 * 0.5) * before[name][expert]), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"num_local_experts": 0}, {"n_shared_experts": 1, "first_k_dense_replace": 1},
+        {"tie_word_embeddings": True},
+    ],
+    ids=["mixture", "dense", "shared and dense", "tied"],
+)  # fmt: skip
+def test_every_weight_is_in_one_group(optimizer, changes):
+    model = Transformer(dataclasses.replace(MODEL, **changes)).reset_parameters()
+    groups = make_optimizer(model, TrainConfig(optimizer=optimizer)).param_groups
+    held = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())
+    for group in groups:
+        assert len(group.get("rows", group["params"])) == len(group["params"])
+        muon = [
+            name for name, p in model.named_parameters() if group["muon"] and any(p is one for one in group["params"])
+        ]
+        assert not [
+            name for name in muon if "norm" in name or "embed" in name or "lm_head" in name or "gate.weight" in name
+        ]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_experts_may_learn_at_a_rate_of_their_own(optimizer):
+    model = Transformer(dataclasses.replace(MODEL, n_shared_experts=1))
+    rates = {}
+    for ratio in (1.0, 0.5):
+        config = TrainConfig(optimizer=optimizer, expert_learning_rate_ratio=ratio)
+        groups = make_optimizer(model, config).param_groups
+        of = {id(p): group["lr_ratio"] for group in groups for p in group["params"]}
+        rates[ratio] = {name: of[id(p)] for name, p in model.named_parameters()}
+    assert rates[0.5] == {
+        name: rate * (0.5 if ".mlp.experts." in name else 1) for name, rate in rates[1.0].items()
+    }  # fmt: skip
+    assert {name for name, rate in rates[0.5].items() if rate != rates[1.0][name]} == {
+        f"layers.{layer}.mlp.experts.{name}" for layer in (0, 1) for name in ("gate_up_proj", "down_proj")
+    }
+
+
 def test_muon_reads_no_value_back():
     """On a GPU it would wait for one; fake tensors refuse to give any."""
     with FakeTensorMode(), torch.no_grad():

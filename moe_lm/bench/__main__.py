@@ -6,8 +6,10 @@
     python -m moe_lm.bench speculation runs/nano --draft runs/nano/draft
     python -m moe_lm.bench serve runs/nano              # the server under load, and what HTTP costs
     python -m moe_lm.bench train                        # tokens/s of training, and where a step's time goes
+    python -m moe_lm.bench moe-vs-dense                 # whether a mixture is worth its time
+    python -m moe_lm.bench sweep configs/nano.toml --over train.learning_rate=3e-3,6e-3
 
-`python -m moe_lm.bench NAME ...` is `python -m moe_lm.bench.NAME ...`, and `NAME --help` its help.
+`python -m moe_lm.bench NAME ...` is `python -m moe_lm.bench.NAME ...` with _ for -, and `NAME --help` its help.
 """
 
 import runpy
@@ -15,7 +17,7 @@ import sys
 
 from moe_lm.cli import Parser, run_main
 
-NAMES = ("forecast", "generate", "machine", "serve", "speculation", "train")
+NAMES = ("forecast", "generate", "machine", "moe-vs-dense", "serve", "speculation", "sweep", "train")
 
 
 def main(argv: list[str]) -> None:
@@ -24,7 +26,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("name", metavar="NAME", choices=NAMES, help=f"one of {', '.join(NAMES)}")
     name = parser.parse_args(argv[:1]).name
     sys.argv[1:] = argv[1:]
-    runpy.run_module(f"moe_lm.bench.{name}", run_name="__main__", alter_sys=True)
+    runpy.run_module(f"moe_lm.bench.{name.replace('-', '_')}", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -88,12 +88,18 @@ class TrainConfig:
     begins as the identity (Fixup, Zhang et al. 2019)."""
     embedding_learning_rate_ratio: float = 1.0
     """Learning rate of the token table as a multiple of the other weights': a row of it meets few tokens a step."""
+    expert_learning_rate_ratio: float = 1.0
+    """Learning rate of the routed experts as a multiple of the other weights': each meets a share of the
+    tokens, so its gradient is noisier, and both optimizers step as far on noise."""
     min_learning_rate_ratio: float = 0.05
     """Learning rate of the last step as a share of the peak."""
     warmup: float = 0.06
     """Linear warm-up, as a share of `steps`."""
-    decay: Literal["cosine", "linear"] = "cosine"
-    """Shape of the decay from the peak to the end."""
+    decay: Literal["cosine", "linear", "wsd"] = "cosine"
+    """Shape of the decay from the peak to the end; `wsd` stays at the peak until the last `decay_share` of the run, and
+    then falls as 1 - sqrt (Hu et al. 2024; Haegele et al. 2024)."""
+    decay_share: float = 0.2
+    """wsd only: share of `steps` in the decay."""
     weight_decay: float = 0.1
     """Decoupled decay of matrices, per unit of learning rate; norms have none."""
     beta1: float = 0.9
@@ -128,9 +134,8 @@ class TrainConfig:
 
     def __post_init__(self):
         require_positive(self, "steps", "batch_tokens", "micro_batch_tokens", section="train.")
-        require_positive(
-            self, "learning_rate", "muon_learning_rate", "embedding_learning_rate_ratio", "adam_eps", section="train."
-        )
+        require_positive(self, "learning_rate", "muon_learning_rate", "adam_eps", section="train.")
+        require_positive(self, "embedding_learning_rate_ratio", "expert_learning_rate_ratio", section="train.")
         require_positive(self, "eval_every", "eval_tokens", "log_every", section="train.")
         for name in ("beta1", "beta2", "muon_momentum"):
             value = getattr(self, name)
@@ -139,6 +144,13 @@ class TrainConfig:
         require(0 <= ratio <= 1, f"train.min_learning_rate_ratio = {ratio} must be between 0 and 1.")
         require(0 <= self.distillation <= 1, f"train.distillation = {self.distillation} must be between 0 and 1.")
         require(0 <= self.warmup < 1, f"train.warmup = {self.warmup} must be a share of the steps, below 1.")
+        share = self.decay_share
+        require(0 < share <= 1, f"train.decay_share = {share} must be a share of the steps, above 0 and at most 1.")
+        require(
+            self.decay != "wsd" or self.warmup + share <= 1,
+            f"train.warmup = {self.warmup} and train.decay_share = {share} are shares of the steps and come to more "
+            "than 1: lower one of them.",
+        )
         for name in ("batch_ramp_steps", "weight_decay", "max_grad_norm", "seed"):
             value = getattr(self, name)
             require(value >= 0, f"train.{name} = {value} must be 0 or more.")

@@ -23,7 +23,7 @@ from moe_lm.train.distillation import check_distillation, distillation_losses
 from moe_lm.train.evaluate import Evaluation, evaluate
 from moe_lm.train.metrics import MetricsLog, ProgressLine
 from moe_lm.train.optim import make_optimizer
-from moe_lm.train.schedule import batch_rows, learning_rate
+from moe_lm.train.schedule import batch_rows, learning_rate, learning_rate_at
 from moe_lm.train.upcycle import upcycle
 
 
@@ -117,11 +117,14 @@ class Trainer:
     def due(self, every: int) -> bool:
         return self.step % every == 0 or self.finished
 
-    def train_step(self) -> dict[str, Any]:
-        """One optimizer step over one batch, and its metrics."""
+    def train_step(self, done: float | None = None) -> dict[str, Any]:
+        """One optimizer step over one batch, and its metrics.
+
+        `done` is the share of the run that is over after this step, where the run is not counted in `train.steps`.
+        """
         start = time.perf_counter()
         train = self.config.train
-        rate = learning_rate(train, self.step + 1)
+        rate = learning_rate(train, self.step + 1) if done is None else learning_rate_at(train, done)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_ratio"]
         batches = self.micro_batches()

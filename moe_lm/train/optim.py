@@ -17,30 +17,34 @@ def make_optimizer(model: Transformer, config: TrainConfig, dtype: torch.dtype =
     what the next matrix learns. Each group carries `lr_ratio`, its learning rate as a multiple of the schedule's.
     `dtype` is that of Muon's own products.
     """
-    groups: dict[str, dict] = {
-        "matrices": {"weight_decay": config.weight_decay, "lr_ratio": 1.0, "muon": False},
-        "table": {
-            "weight_decay": config.weight_decay, "lr_ratio": config.embedding_learning_rate_ratio, "muon": False,
-        },
-        "gains": {"weight_decay": 0.0, "lr_ratio": 1.0, "muon": False},
-        "muon": {
-            "weight_decay": config.weight_decay, "lr_ratio": config.muon_learning_rate / config.learning_rate,
-            "muon": True, "momentum": config.muon_momentum, "rows": [],
-        },
+    decay, muon = config.weight_decay, config.optimizer == "muon"
+    matrices = {"weight_decay": decay, "lr_ratio": 1.0, "muon": False}
+    orthogonal = {
+        "weight_decay": decay, "lr_ratio": config.muon_learning_rate / config.learning_rate, "muon": True,
+        "momentum": config.muon_momentum,
     }  # fmt: skip
+    groups: dict[str, dict] = {
+        "matrices": matrices,
+        "table": matrices | {"lr_ratio": config.embedding_learning_rate_ratio},
+        "gains": matrices | {"weight_decay": 0.0},
+        "blocks": dict(orthogonal if muon else matrices),
+        "experts": dict(orthogonal if muon else matrices),
+    }
+    groups["experts"]["lr_ratio"] *= config.expert_learning_rate_ratio
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
-            group = "gains"
+            group = groups["gains"]
         elif parameter is model.embed_tokens:
-            group = "table"
-        elif config.optimizer == "muon" and name.startswith("layers.") and not name.endswith("mlp.gate.weight"):
-            group = "muon"
-            groups[group]["rows"].append(matrix_rows(name, parameter, model.config))
+            group = groups["table"]
+        elif name.startswith("layers.") and not name.endswith("mlp.gate.weight"):
+            group = groups["experts" if ".mlp.experts." in name else "blocks"]
         else:
-            group = "matrices"
-        groups[group].setdefault("params", []).append(parameter)
-    chosen = [group for group in groups.values() if "params" in group]
+            group = groups["matrices"]
+        group.setdefault("params", []).append(parameter)
+        if group["muon"]:
+            group.setdefault("rows", []).append(matrix_rows(name, parameter, model.config))
     betas = (config.beta1, config.beta2)
+    chosen = [group for group in groups.values() if "params" in group]
     return MuonAdamW(chosen, dtype, lr=config.learning_rate, betas=betas, eps=config.adam_eps)
 
 
