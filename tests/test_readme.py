@@ -21,6 +21,7 @@ from tiny_run import tiny_config, write_corpus
 from moe_lm.bench import machine
 from moe_lm.checkpoint import resolve_model_dir
 from moe_lm.config import SourceConfig
+from moe_lm.routes import texts
 from moe_lm.scaling import laws
 from moe_lm.toml import load_config, to_toml
 from moe_lm.train.metrics import read_metrics
@@ -29,6 +30,7 @@ from serve import make_parser
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 PLANNER = (ROOT / "docs" / "scaling.md").read_text("utf-8")
+ROUTING = (ROOT / "docs" / "routing.md").read_text("utf-8")
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 SNIPPETS = [text for language, text in FENCES if language == "python"]
 COMMANDS = [
@@ -274,6 +276,24 @@ def test_planning_command(command, tmp_path, monkeypatch, capfd):
             assert Path(value_of(words, option)).exists()
 
 
+ROUTES = re.findall(r"^python -m moe_lm\.routes .*?(?=\s+#|$)", README + ROUTING, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(ROUTES))
+def test_routes_command(command, here, monkeypatch, capfd):
+    """Those of docs/routing.md, too."""
+    monkeypatch.setattr(texts, "held_out", lambda source: [(here / "train.py").read_text("utf-8")])
+    words = shlex.split(command)[1:]
+    call(monkeypatch, words)
+    shown = capfd.readouterr().out
+    if "--json" in words:
+        assert json.loads(shown)["model"] == words[2]
+    else:
+        assert f"{words[2]}: 2 layers of 4 experts" in shown
+    if page := value_of(words, "--html"):
+        assert "</html>" in (here / page).read_text("utf-8")
+
+
 @pytest.mark.parametrize("command", [command for command in RUN if command.startswith("python -m kernels.")])
 def test_kernel_command(command, here):
     words = shlex.split(command)[1:]
@@ -293,6 +313,7 @@ def test_every_command_that_runs_is_run_above():
         "python -m moe_lm.generate ",
         "python -m moe_lm.bench",
         "python -m moe_lm.scaling",
+        "python -m moe_lm.routes",
         "python -m kernels.",
     )
     assert all(command.startswith(kinds) for command in RUN)
@@ -314,7 +335,7 @@ def test_snippet(snippet, here, capfd):
     assert shown.strip() or "print" not in snippet
 
 
-@pytest.mark.parametrize("document", ["engine", "kernels", "scaling"])
+@pytest.mark.parametrize("document", ["engine", "kernels", "scaling", "routing"])
 def test_snippets_of_a_document(document, here, capfd):
     """One after the other, as they are read."""
     names = {"__name__": document}

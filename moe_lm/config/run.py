@@ -129,6 +129,9 @@ class TrainConfig:
     """Held-out tokens per source that an evaluation reads; the last one reads four times as many."""
     log_every: int = 1
     """Steps between lines of metrics.jsonl; each line is about its own step."""
+    starving_steps: int = 25
+    """Warn of an expert that gets less than 5% of its even share of the tokens in so many steps on end; 0 does not. In
+    nano, which keeps all of its experts, none went without for longer than 7 steps."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard into the run directory (needs the `tensorboard` package)."""
 
@@ -151,7 +154,7 @@ class TrainConfig:
             f"train.warmup = {self.warmup} and train.decay_share = {share} are shares of the steps and come to more "
             "than 1: lower one of them.",
         )
-        for name in ("batch_ramp_steps", "weight_decay", "max_grad_norm", "seed"):
+        for name in ("batch_ramp_steps", "weight_decay", "max_grad_norm", "seed", "starving_steps"):
             value = getattr(self, name)
             require(value >= 0, f"train.{name} = {value} must be 0 or more.")
         start = self.batch_tokens_start

@@ -1,6 +1,8 @@
-"""What the project's pages share: one file each, no scripts, readable in light and dark and on a phone."""
+"""What the project's pages share: one file each that loads nothing, readable in light and dark and on a phone."""
 
+from base64 import b64encode
 from collections.abc import Sequence
+from hashlib import sha256
 from html import escape
 from typing import NamedTuple
 
@@ -20,13 +22,20 @@ class Tile(NamedTuple):
     note: str = ""
 
 
-def document(title: str, style: str, body: Sequence[str]) -> str:
-    """The whole of a page, whose policy makes it certain that no text in it, whatever it says, is more than text."""
+def document(title: str, style: str, body: Sequence[str], script: str = "") -> str:
+    """The whole of a page, whose policy makes it certain that no text in it, whatever it says, is more than text.
+
+    `script` is a module of ours that runs at the end of it: the policy names its hash, and no other may run.
+    """
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    if script:
+        policy += f"; script-src 'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'"
+    run = f'<script type="module">{script}</script>\n' if script else ""
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <link rel="icon" href="data:,">
@@ -36,7 +45,7 @@ def document(title: str, style: str, body: Sequence[str]) -> str:
 <body>
 <main>
 {"".join(part + chr(10) for part in body)}</main>
-</body>
+{run}</body>
 </html>
 """
 

@@ -6,7 +6,7 @@ phone alike and its text never shrinks. Colours are CSS variables of the page, o
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import accumulate, pairwise
@@ -83,8 +83,9 @@ def line_chart(
     height: int = 160,
     legend: bool = False,
     form: Callable[[float], str] = short,
+    along: str = "step",
 ) -> str:
-    """A figure of lines over training steps. `floor` is where the y axis starts; by default just below the data."""
+    """A figure of lines along an axis from 0. `floor` is where the y axis starts; by default just below the data."""
     values = [y for line in lines for points in (line.points, line.raw, line.dots) for _, y in points]
     ys = ticks(min(values) if floor is None else floor, max(values), 5 if height > 200 else 3)
     width = max(x for line in lines for points in (line.points, line.dots) for x, _ in points)
@@ -106,14 +107,14 @@ def line_chart(
     for line in lines:
         for x, y in line.dots:
             where = "M{:.1f} {:.1f}h0".format(*place(x, y))
-            hint = f"<title>{escape(line.name)}, step {x:,.0f}: {y:.3f}</title>"
+            hint = f"<title>{escape(line.name)}, {along} {x:,.0f}: {y:.3f}</title>"
             drawn.append(f'<path class="halo" d="{where}"/>')
             drawn.append(f'<path class="dot" style="stroke:{line.color}" d="{where}">{hint}</path>')
     labels = [f'<span class="y" style="top:{place(0, y)[1] / 10:.2f}%">{form(y)}</span>' for y in ys]
     labels += [f'<span class="x" style="left:{place(x, 0)[0] / 10:.2f}%">{short(x)}</span>' for x in xs]
     text = "; ".join(
-        f"{line.name} from {line.points[0][1]:.4g} at step {line.points[0][0]:,.0f} "
-        f"to {line.points[-1][1]:.4g} at step {line.points[-1][0]:,.0f}"
+        f"{line.name} from {line.points[0][1]:.4g} at {along} {line.points[0][0]:,.0f} "
+        f"to {line.points[-1][1]:.4g} at {along} {line.points[-1][0]:,.0f}"
         for line in lines
         if not line.dashed
     )
@@ -125,18 +126,31 @@ def line_chart(
     caption = f"<strong>{escape(title)}</strong> <small>{escape(unit)}</small>"
     return (
         f"<figure><figcaption>{caption}{f'<ul>{keys}</ul>' if legend else ''}</figcaption>"
-        + frame(f"{title}, {unit}: {text}", height, "0 0 1000 1000", drawn, labels)
+        + frame(f"{title}, {unit}: {text}", height, "0 0 1000 1000", drawn, labels, along)
         + (f'<p class="note">{escape(note)}</p>' if note else "")
         + "</figure>"
     )
 
 
-def frame(label: str, height: int, view: str, drawn: Sequence[str], labels: Sequence[str]) -> str:
-    """The box of a chart: a stretched drawing, and labels placed over it in percent."""
+def layer_line(layer: int, layers: int, points: Points) -> Line:
+    """The line of one of several layers, from light for the first to dark; of many only the ends are in the legend."""
+    share = 100 * layer / max(1, layers - 1)
+    color = f"color-mix(in oklab,var(--last) {share:.0f}%,var(--first))"
+    return Line(f"layer {layer}", color, points, key=layers <= 12 or layer in (0, layers - 1))
+
+
+def frame(
+    label: str, height: int, view: str, drawn: Sequence[str], labels: Sequence[str], along: str, gutter: float = 0
+) -> str:
+    """The box of a chart: a stretched drawing, and labels placed over it in percent; `along` names the x axis.
+
+    `gutter` is the room for the labels of rows in rem, if more than usual is needed.
+    """
+    left = f' style="padding-left:{gutter:g}rem"' if gutter else ""
     return (
-        f'<div class="frame" role="img" aria-label="{escape(label)}"><div class="plot" style="height:{height}px">'
+        f'<div class="frame" role="img" aria-label="{escape(label)}"{left}><div class="plot" style="height:{height}px">'
         f'<svg viewBox="{view}" preserveAspectRatio="none" aria-hidden="true">{"".join(drawn)}</svg>{"".join(labels)}'
-        '</div><span class="steps">step</span></div>'
+        f'</div><span class="steps">{escape(along)}</span></div>'
     )
 
 
@@ -165,35 +179,60 @@ def heat_maps(steps: Sequence[int], loads: Sequence[Sequence[Sequence[float]]]) 
 def heat_map(layer: int, steps: Sequence[int], columns: Sequence[Sequence[float]]) -> str:
     """Load relative to uniform of one layer's experts: a column per bin of steps, a row per expert."""
     experts, bins = len(columns[0]), len(columns)
+    rows = {row: str(row) for row in sorted({0, experts // 2, experts - 1})}
+    ends = {0.0: steps[0], bins: steps[-1]} if len(steps) > 1 else {bins / 2: steps[0]}
+    text = f"layer {layer}, load of each expert over training: at the end {min(columns[-1]):.2f} to "
+    text += f"{max(columns[-1]):.2f} times uniform"
+    marks = {place: short(step) for place, step in ends.items()}
+    return heat_grid(f"Layer {layer}", "expert", columns, rows, marks, text, "step", max(84, min(256, experts * 8)))
+
+
+def heat_grid(
+    title: str,
+    unit: str,
+    columns: Sequence[Sequence[float]],
+    rows: Mapping[int, str],
+    marks: Mapping[float, str],
+    text: str,
+    along: str,
+    height: int,
+    gutter: float = 0,
+) -> str:
+    """A figure of cells columns[x][y], each a multiple of what was to be expected, coloured as `level` says.
+
+    `rows` are the labels of rows by number, `marks` those of places on the x axis, in columns; `text` is what a reader
+    hears who does not see it, `height` is in pixels and `gutter` as in `frame`.
+    """
     cells = defaultdict(list)
-    for expert in range(experts):
-        row = [level(column[expert]) for column in columns]
+    bins, lines = len(columns), len(columns[0])
+    for y in range(lines):
+        row = [level(column[y]) for column in columns]
         start = 0
         for x in range(1, bins + 1):
             if x == bins or row[x] != row[start]:
-                cells[row[start]].append(f"M{start} {expert}h{x - start}v1h-{x - start}z")
+                cells[row[start]].append(f"M{start} {y}h{x - start}v1h-{x - start}z")
                 start = x
     cells.pop(NEUTRAL, None)
-    drawn = [f'<path class="h{NEUTRAL}" d="M0 0h{bins}v{experts}h-{bins}z"/>']
+    drawn = [f'<path class="h{NEUTRAL}" d="M0 0h{bins}v{lines}h-{bins}z"/>']
     drawn += [f'<path class="h{shade}" d="{"".join(runs)}"/>' for shade, runs in sorted(cells.items())]
     labels = [
-        f'<span class="y" style="top:{(row + 0.5) / experts * 100:.2f}%">{row}</span>'
-        for row in sorted({0, experts // 2, experts - 1})
+        f'<span class="y" style="top:{(row + 0.5) / lines * 100:.2f}%">{escape(name)}</span>'
+        for row, name in rows.items()
     ]
-    ends = {0: steps[0], 100: steps[-1]} if len(steps) > 1 else {50: steps[0]}
-    labels += [f'<span class="x" style="left:{left}%">{short(step)}</span>' for left, step in ends.items()]
-    text = f"layer {layer}, load of each expert over training: at the end {min(columns[-1]):.2f} to "
-    text += f"{max(columns[-1]):.2f} times uniform"
-    height = max(84, min(256, experts * 8))
+    labels += [
+        f'<span class="x" style="left:{place / bins * 100:g}%">{escape(name)}</span>' for place, name in marks.items()
+    ]
+    many = " many" if len(marks) > 2 else ""  # then there is no room between them for the name of the axis
+    caption = f"<strong>{escape(title)}</strong> <small>{escape(unit)}</small>"
     return (
-        f'<figure class="heat"><figcaption><strong>Layer {layer}</strong> <small>expert</small></figcaption>'
-        + frame(text, height, f"0 0 {bins} {experts}", drawn, labels)
+        f'<figure class="heat{many}"><figcaption>{caption}</figcaption>'
+        + frame(text, height, f"0 0 {bins} {lines}", drawn, labels, along, gutter)
         + "</figure>"
     )
 
 
-def color_bar() -> str:
-    """The scale that all heat maps share."""
+def color_bar(what: str = "load relative to uniform", of: str = "load of an expert relative to uniform") -> str:
+    """The scale that all heat maps share: `what` they show, and `of` the same for a reader who does not see them."""
     shades = "".join(f'<path class="h{i}" d="M{i} 0h1v1h-1z"/>' for i in range(2 * NEUTRAL + 1))
     names = {-2: "≤ ¼×", -1: "½×", 0: "1×", 1: "2×", 2: "≥ 4×"}
     marks = [
@@ -202,10 +241,10 @@ def color_bar() -> str:
     ]
     labels = "".join(f'<span class="x" style="left:{left:.2f}%">{name}</span>' for name, left in marks)
     return (
-        '<div class="bar" role="img" aria-label="colour scale: load of an expert relative to uniform, from a quarter '
-        f'or less to four times or more"><div class="plot"><svg viewBox="0 0 {2 * NEUTRAL + 1} 1" '
+        f'<div class="bar" role="img" aria-label="colour scale: {escape(of)}, from a quarter or less '
+        f'to four times or more"><div class="plot"><svg viewBox="0 0 {2 * NEUTRAL + 1} 1" '
         f'preserveAspectRatio="none" aria-hidden="true">{shades}</svg>{labels}</div>'
-        "<span>load relative to uniform</span></div>"
+        f"<span>{escape(what)}</span></div>"
     )
 
 
@@ -235,6 +274,7 @@ figcaption i {{ display: inline-block; width: 1rem; margin-right: .4rem; vertica
 .plot .x {{ top: 100%; margin-top: .45rem; transform: translateX(-50%); }}
 .steps {{ right: 1.1rem; bottom: .1rem; }}
 .heat .steps {{ right: 50%; bottom: 1rem; }}
+.many .steps {{ right: 1.1rem; bottom: .1rem; }}
 svg path {{ fill: none; vector-effect: non-scaling-stroke; stroke-linecap: round; stroke-linejoin: round; }}
 .grid {{ stroke: var(--rule); stroke-width: 1; }}
 .line {{ stroke-width: 2; }}

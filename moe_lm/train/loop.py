@@ -24,6 +24,7 @@ from moe_lm.train.evaluate import Evaluation, evaluate
 from moe_lm.train.metrics import MetricsLog, ProgressLine
 from moe_lm.train.optim import make_optimizer
 from moe_lm.train.schedule import batch_rows, learning_rate, learning_rate_at
+from moe_lm.train.starvation import StarvationWatch
 from moe_lm.train.upcycle import upcycle
 
 
@@ -60,6 +61,7 @@ class Trainer:
         """Wall-clock of the run; of what was done before a resume, that up to the checkpoint."""
         self.evaluation: Evaluation | None = None
         """That of the weights as they are, None where these have not been evaluated."""
+        self.starvation = StarvationWatch(config.train.starving_steps)
         self.stop_requested = False
         self.resume()
 
@@ -76,6 +78,8 @@ class Trainer:
         require(here == saved, f"train.optimizer = {here} is not the {saved} of the saved run: resume with that.")
         self.loader.load_state_dict(progress["loader"])
         self.step, self.tokens, self.seconds = progress["step"], progress["tokens"], progress["seconds"]
+        if "starvation" in progress:  # which checkpoints of older versions lack
+            self.starvation.load_state(progress["starvation"])
         if progress["evaluation"] is not None:
             self.evaluation = Evaluation(**progress["evaluation"])
 
@@ -97,11 +101,13 @@ class Trainer:
             with self.signals():
                 while not self.finished and not self.stop_requested:
                     metrics = self.train_step()
+                    for starved in self.starvation.update(self.step, metrics["expert_load"]):
+                        line.note(f"warning: {starved}")
                     if self.due(config.train.eval_every):
                         metrics |= self.evaluate()
                         line.note(evaluation_text(self.step, self.evaluation))
                     if self.due(config.train.log_every):
-                        log.write(metrics)
+                        log.write(metrics | self.starvation.log())
                     line.show(metrics, last=self.finished or self.stop_requested)
                     self.seconds = time.monotonic() - begun
                     if self.due(config.checkpoint.every):
@@ -242,6 +248,7 @@ class Trainer:
                 "seconds": self.seconds,
                 "optimizer": self.config.train.optimizer,
                 "loader": self.loader.state_dict(),
+                "starvation": self.starvation.state(),
                 "evaluation": vars(self.evaluation) if self.evaluation else None,
             }
             save_train_state(directory, self.model, self.optimizer, progress)

@@ -1,13 +1,14 @@
 """report.html: one file with the charts, without scripts, readable in light and dark and on a phone."""
 
 import math
+from collections.abc import Callable
 from html import escape
 from typing import Any
 
 from moe_lm.config import RunConfig
 from moe_lm.scaling.html import document, section, table_html, tiles_html
 from moe_lm.toml import to_toml
-from moe_lm.train.charts import CHART_STYLE, Line, heat_maps, line_chart, smooth
+from moe_lm.train.charts import CHART_STYLE, Line, heat_maps, layer_line, line_chart, smooth
 from moe_lm.train.report import (
     Logs,
     RunFacts,
@@ -22,14 +23,15 @@ from moe_lm.train.report import (
     speculation_table,
     speculation_text,
     tiles,
+    warnings,
 )
 
 
 def page(name: str, config: RunConfig, facts: RunFacts, logs: Logs) -> str:
     """The whole of report.html."""
     body = [f"<header><h1>{escape(name)}</h1><p>{escape(shape(config))}</p></header>"]
-    if facts.warnings:
-        items = "".join(f"<li>{escape(warning)}</li>" for warning in facts.warnings)
+    if warned := warnings(facts, logs):
+        items = "".join(f"<li>{escape(warning)}</li>" for warning in warned)
         body.append(f'<aside class="warnings" aria-label="warnings"><h2>Warnings</h2><ul>{items}</ul></aside>')
     body.append(tiles_html(tiles(facts, logs)))
     body.append(section("Training", training_charts(logs)))
@@ -102,19 +104,40 @@ def training_charts(logs: Logs) -> str:
 def expert_charts(lines: list[dict[str, Any]]) -> str:
     """Load over training and at its end, and how decided the routers are."""
     steps, last = [line["step"] for line in lines], lines[-1]
-    layers, experts = len(last["expert_load"]), len(last["expert_load"][0])
+    experts = len(last["expert_load"][0])
     most = [(step, math.log(experts)) for step in (0, steps[-1])]
-    drawn = [Line(f"uniform, ln {experts}", "var(--muted)", most, dashed=True)]
-    for layer in range(layers):
-        share = 100 * layer / max(1, layers - 1)
-        ends = layers <= 12 or layer in (0, layers - 1)
-        color = f"color-mix(in oklab,var(--last) {share:.0f}%,var(--first))"
-        means = smooth([line["router_entropy"][layer] for line in lines])
-        drawn.append(Line(f"layer {layer}", color, list(zip(steps, means, strict=True)), key=ends))
-    entropy = line_chart("Router entropy", "nats, mean over tokens", drawn, height=220, legend=True)
+    uniform = Line(f"uniform, ln {experts}", "var(--muted)", most, dashed=True)
+    small = []
+    if confidence := by_layer(lines, "router_confidence", 100):
+        unit = "largest probability, mean over tokens"
+        small.append(line_chart("Router confidence", unit, confidence, floor=0, form=lambda y: f"{y:g}%"))
+    if any(any(line.get("drop_rate", ())) for line in lines):
+        dropped = by_layer(lines, "drop_rate", 100)
+        small.append(line_chart("Dropped", "% of the choices", dropped, floor=0, form=lambda y: f"{y:g}%"))
+    if spread := by_layer(lines, "expert_bias", of=lambda bias: max(bias) - min(bias)):
+        small.append(line_chart("Range of the bias", "largest less smallest, of a layer", spread, floor=0))
     return (
         heat_maps(steps, [line["expert_load"] for line in lines])
         + f'<p class="note">{escape(experts_text(lines))}</p>'
         + table_html(experts_table(last), "load of the experts")
-        + entropy
-    )
+        + line_chart("Router entropy", "nats, mean over tokens", [uniform, *by_layer(lines, "router_entropy")],
+                     height=220, legend=True)
+        + (f'<div class="small">{"".join(small)}</div>' if small else "")
+    )  # fmt: skip
+
+
+def by_layer(
+    lines: list[dict[str, Any]], key: str, scale: float = 1.0, of: Callable[[Any], float] = float
+) -> list[Line]:
+    """Running means of `of` of line[key][layer], a line for each layer; none where no step has the key.
+
+    Steps of an older version, before a resume, may lack it.
+    """
+    logged = [line for line in lines if key in line]
+    layers = len(logged[-1][key]) if logged else 0
+    drawn = []
+    for layer in range(layers):
+        means = smooth([scale * of(line[key][layer]) for line in logged])
+        points = list(zip((line["step"] for line in logged), means, strict=True))
+        drawn.append(layer_line(layer, layers, points))
+    return drawn

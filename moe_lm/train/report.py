@@ -14,6 +14,10 @@ from moe_lm.scaling.html import Table, Tile
 from moe_lm.toml import to_toml
 from moe_lm.train.charts import smooth, thin
 from moe_lm.train.metrics import read_metrics
+from moe_lm.train.starvation import named_in
+
+MOST_STARVED = 12
+"""Starvations of a model that the report spells out."""
 
 
 @dataclass(frozen=True)
@@ -198,14 +202,42 @@ def progress_table(lines: list[dict[str, Any]]) -> Table:
     return Table([*header, "acceptance"] if acceptance else header, rows)
 
 
+def warnings(facts: RunFacts, logs: Logs) -> tuple[str, ...]:
+    """Those of the run, and every expert that starved while it trained, the first dozen of each model."""
+    found = list(facts.warnings)
+    for log, lines in logs.items():
+        starved = named_in(lines)
+        for row in starved[:MOST_STARVED]:
+            load = lines[-1]["expert_load"][row.layer]
+            now = load[row.expert] * len(load)
+            end = f" At step {lines[-1]['step']:,} it got {now:.2f} times its even share."
+            found.append(f"In the {log}, {row}.{end}")
+        if len(starved) > MOST_STARVED:
+            found.append(f"In the {log}, experts starved {len(starved) - MOST_STARVED} times more.")
+    return tuple(found)
+
+
 def experts_table(line: dict[str, Any]) -> Table:
-    """How the batch of one step spread over the experts of each layer; loads are relative to uniform."""
-    rows = []
-    for layer, (load, entropy) in enumerate(zip(line["expert_load"], line["router_entropy"], strict=True)):
-        relative = [share * len(load) for share in load]
-        least, most = f"{min(relative):.2f}", f"{max(relative):.2f}"
-        rows.append([f"layer {layer}", least, most, str(load.count(0)), f"{entropy:.3f}"])
-    return Table(["", "least load", "most load", "dead", "router entropy, nats"], rows)
+    """How the batch of one step spread over the experts of each layer; loads are relative to uniform.
+
+    Lines of older versions know neither confidence nor drops; a bias is there only where the run balances by it.
+    """
+    load = line["expert_load"]
+    relative = [[share * len(layer) for share in layer] for layer in load]
+    columns = {
+        "least load": [f"{min(layer):.2f}" for layer in relative],
+        "most load": [f"{max(layer):.2f}" for layer in relative],
+        "dead": [str(layer.count(0)) for layer in load],
+        "router entropy, nats": [f"{value:.3f}" for value in line["router_entropy"]],
+    }
+    if "router_confidence" in line:
+        columns["confidence"] = [f"{value:.1%}" for value in line["router_confidence"]]
+    if any(line.get("drop_rate", ())):
+        columns["dropped"] = [f"{value:.1%}" for value in line["drop_rate"]]
+    if "expert_bias" in line:
+        columns["bias"] = [f"{min(bias):+.3f} to {max(bias):+.3f}" for bias in line["expert_bias"]]
+    rows = zip(*columns.values(), strict=True)
+    return Table(["", *columns], [[f"layer {layer}", *row] for layer, row in enumerate(rows)])
 
 
 def experts_text(lines: list[dict[str, Any]]) -> str:
@@ -216,6 +248,10 @@ def experts_text(lines: list[dict[str, Any]]) -> str:
         f"Load of the {experts} experts at step {last['step']:,}, relative to uniform; dead experts got no token of "
         f"that batch. A router that does not choose has an entropy of ln {experts} = {math.log(experts):.3f} nats."
     )
+    if "router_confidence" in last:
+        text += " Confidence is the largest probability, on average."
+    if any(last.get("drop_rate", ())):
+        text += " Dropped choices found their expert full."
     counts = [line["val_dead_experts"] for line in lines if "val_dead_experts" in line]
     if not counts:
         return text
@@ -257,7 +293,7 @@ def sampling_text(config: RunConfig) -> str:
 def markdown(name: str, config: RunConfig, facts: RunFacts, logs: Logs) -> str:
     """The whole of report.md."""
     parts = [f"# {plain(name)}", plain(shape(config))]
-    parts += [f"> **Warning:** {plain(warning)}" for warning in facts.warnings]
+    parts += [f"> **Warning:** {plain(warning)}" for warning in warnings(facts, logs)]
     parts.append(markdown_table(Table(["", "", ""], tiles(facts, logs))))
     parts.append(fenced(facts.command, "sh"))
     parts.append("\n".join(f"- {key}: {plain(value)}" for key, value in provenance(facts)))
