@@ -13,6 +13,8 @@ from moe_lm.config import (
     LatentAttention,
     Mamba,
     ModelConfig,
+    QualityConfig,
+    QualityRules,
     RopeScaling,
     RunConfig,
     SourceConfig,
@@ -313,7 +315,8 @@ def all_docs() -> dict[str, str]:
     tables = {"rope_scaling": RopeScaling, "mla": LatentAttention, "mamba": Mamba, "vision": VisionEncoder}
     for table, cls in tables.items():
         docs |= {f"model.{table}.{name}": doc for name, doc in field_docs(cls).items()}
-    return docs
+    docs |= {f"data.quality.{name}": doc for name, doc in field_docs(QualityConfig).items() if name != "rules"}
+    return docs | {f"data.quality.rules.{name}": doc for name, doc in field_docs(QualityRules).items()}
 
 
 def test_settings_are_all_fields():

@@ -8,10 +8,11 @@ needs no translation table. Every class refuses what cannot work with one senten
 from moe_lm.config.errors import ConfigError, require, require_positive
 from moe_lm.config.model import LatentAttention, Mamba, ModelConfig, RopeScaling, VisionEncoder
 from moe_lm.config.plan import ServingPlan, TrainingPlan
+from moe_lm.config.quality import QUALITY_STEPS, QualityConfig, QualityRules
 from moe_lm.config.run import CheckpointConfig, DataConfig, RunConfig, SampleConfig, SourceConfig, TrainConfig
 
 __all__ = [
-    "CheckpointConfig", "ConfigError", "DataConfig", "LatentAttention", "Mamba", "ModelConfig", "RopeScaling",
-    "RunConfig", "SampleConfig", "ServingPlan", "SourceConfig", "TrainConfig", "TrainingPlan", "VisionEncoder",
-    "require", "require_positive",
+    "QUALITY_STEPS", "CheckpointConfig", "ConfigError", "DataConfig", "LatentAttention", "Mamba", "ModelConfig",
+    "QualityConfig", "QualityRules", "RopeScaling", "RunConfig", "SampleConfig", "ServingPlan", "SourceConfig",
+    "TrainConfig", "TrainingPlan", "VisionEncoder", "require", "require_positive",
 ]  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Literal
 from moe_lm.config.errors import require, require_positive
 from moe_lm.config.model import ModelConfig
 from moe_lm.config.plan import ServingPlan, TrainingPlan
+from moe_lm.config.quality import QualityConfig, QualityRules
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,12 @@ class SourceConfig:
     """The column that holds the text, in JSONL, parquet and hub datasets."""
     streaming: bool = False
     """Read and tokenize while training instead of before it; needed where a source does not fit the disk."""
+    kind: Literal["auto", "prose", "code"] = "auto"
+    """Which heuristics of data.quality fit it; `auto` is code for python:code and for files with a name of code."""
+    rules: QualityRules | None = None
+    """Thresholds of the heuristics for this source, in place of all those of data.quality.rules."""
+    skip_quality: tuple[Literal["exact", "lines", "heuristics", "near", "outliers", "classifier"], ...] = ()
+    """Steps of data.quality that leave this source alone."""
 
     def __post_init__(self):
         require(bool(self.path), "a source's path is empty: name a file, a directory, a hub dataset or python:code.")
@@ -49,6 +56,8 @@ class DataConfig:
     training documents and saved with the model."""
     cache_dir: str = ".cache"
     """Where tokenized sources and trained tokenizers are kept between runs."""
+    quality: QualityConfig | None = None
+    """What is removed from the training documents; by default nothing."""
 
     def __post_init__(self):
         require(bool(self.sources), "data.sources is empty: name at least one source.")

@@ -135,7 +135,7 @@ class TrainLoader:
             require(
                 source.digest == digest,
                 f"data source {source.name} does not give the tokens that the saved run read: resume with the same "
-                "data.sources, data.validation_fraction and tokenizer.",
+                "data.sources, data.quality, data.validation_fraction and tokenizer.",
             )
         for reader, stream in zip(self.readers, state["streams"], strict=True):
             if isinstance(reader, StreamedRows):
@@ -187,7 +187,7 @@ def prepare_data(
     tokenizer: Tokenizer | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> PreparedData:
-    """Open, split and tokenize every source of `config`, reusing what `config.cache_dir` holds.
+    """Open, clean, split and tokenize every source of `config`, reusing what `config.cache_dir` holds.
 
     The tokenizer is `tokenizer` (as a draft model uses its target's), else that of `config.tokenizer`, else one of
     `vocab_size` trained on the training documents. `progress` is told in a few words what takes time next. Raises
@@ -195,6 +195,10 @@ def prepare_data(
     """
     report = progress or (lambda message: None)
     opened = tuple(open_source(source) for source in config.sources)
+    if config.quality is not None:
+        from moe_lm.data.quality import clean_sources  # nothing of it is needed otherwise
+
+        opened = clean_sources(config, opened, report)
     if tokenizer is None and config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer)
     if tokenizer is None:
