@@ -118,8 +118,8 @@ def copy(saved, tmp_path):
 
 @pytest.fixture(scope="module")
 def server_url(tokenizer, tmp_path_factory):
-    """The address of a running server whose model, if greedy, writes ASCII."""
+    """The address of a running server whose model, if greedy, writes ASCII, and long enough to be stopped."""
     from serving import live, toy_engine
 
-    with live(toy_engine(tokenizer, ascii_only=True), tmp_path_factory.mktemp("model")) as server:
+    with live(toy_engine(tokenizer, ascii_only=True, context=4096), tmp_path_factory.mktemp("model")) as server:
         yield server.url

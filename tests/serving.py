@@ -108,12 +108,12 @@ def live(
         assert not thread.is_alive()
 
 
-def toy_engine(tokenizer, seed: int = 0, ascii_only: bool = False, **settings: Any) -> Engine:
+def toy_engine(tokenizer, seed: int = 0, ascii_only: bool = False, context: int = 512, **settings: Any) -> Engine:
     """An engine on a mixture of random weights that guesses with a draft which is mostly right.
 
     Its tokens are bytes in any order, hardly ever a character of several; with `ascii_only` the likeliest is none.
     """
-    model = make_model(seed, vocab_size=tokenizer.get_vocab_size())
+    model = make_model(seed, vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=context)
     if ascii_only:
         texts = TokenTexts(tokenizer)
         plain = [token for token in range(1, len(texts.bytes)) if texts.of(token).isascii()]

@@ -236,8 +236,8 @@ def test_the_docs_do_what_they_say(command, config_file, labels, trained, corpus
         monkeypatch.chdir(tmp_path)
         program.main(words[3:])
         assert capsys.readouterr().out
-    elif words[:3] == ["python", "-m", "moe_lm.bench.data_ablation"]:
+    elif words[:4] == ["python", "-m", "moe_lm.bench", "data-ablation"]:
         with pytest.raises(SystemExit):
-            data_ablation.main([*words[3:], "--help"])
+            data_ablation.main([*words[4:], "--help"])
     else:
         assert words[:2] == ["pip", "install"] or words[:2] == ["python", "train.py"], words

@@ -2,19 +2,25 @@
 
 import dataclasses
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_run import tiny_config, write_corpus
 
 from moe_lm.bench import forecast, machine
+from moe_lm.cli import parse_run_config
 from moe_lm.config import ConfigError
 from moe_lm.scaling import measure
 from moe_lm.scaling.__main__ import main
+from moe_lm.scaling.counts import parameters
 from moe_lm.scaling.hardware import load_hardware, machine_of, read_sheet
 from moe_lm.scaling.hardware import machine as machine_named
+from moe_lm.scaling.layout import settle
 from moe_lm.scaling.measure import measured_machine
+from moe_lm.scaling.optimizers import orthogonalisation_flops
 from moe_lm.scaling.serving import modern_engine
+from moe_lm.scaling.training import step_time
 
 RATES = {
     "gemm_rate": lambda device, dtype: 4e11 if dtype == torch.bfloat16 else 1e11,
@@ -119,3 +125,25 @@ def test_a_processors_host_works_in_calls():
     slow = machine_of(dataclasses.replace(here.sheet, measured=dataclasses.replace(here.sheet.measured, launch=8e-6)))
     assert modern_engine(slow).step == pytest.approx(2 * modern_engine(here).step)
     assert modern_engine(slow).sequence == pytest.approx(2 * modern_engine(here).sequence)
+
+
+@pytest.mark.usefixtures("rates")
+def test_a_processors_trainer_rounds_its_weights_in_every_step():
+    """12 bytes of each weight at the rate of passes, 5e9 a second; float32 needs no rounding."""
+    run = parse_run_config(["configs/nano.toml"], "")[0]
+    here, weights = measured_machine(), parameters(run.model).total
+    plan = replace(run.plan, micro_batch=8)
+    in_halves, whole = (
+        step_time(run.model, settle(replace(run, plan=replace(plan, dtype=dtype))), here).parts["optimizer"]
+        for dtype in ("bfloat16", "float32")
+    )
+    products = 4e11 * found_rate(here), 1e11 * found_rate(here)
+    orthogonal = sum(orthogonalisation_flops(run.model, layer) for layer in range(3))
+    in_halves -= orthogonal / products[0]
+    whole -= orthogonal / products[1]
+    assert in_halves - whole == pytest.approx(12 * weights / 5e9, rel=0.01)
+
+
+def found_rate(here):
+    """Share of the peak that small products side by side reach."""
+    return here.reached.gemm * here.reached.grouped

@@ -7,6 +7,7 @@
     python -m moe_lm.bench serve runs/nano              # the server under load, and what HTTP costs
     python -m moe_lm.bench train                        # tokens/s of training, and where a step's time goes
     python -m moe_lm.bench moe-vs-dense                 # whether a mixture is worth its time
+    python -m moe_lm.bench data-ablation                # what cleaning the text is worth
     python -m moe_lm.bench sweep configs/nano.toml --over train.learning_rate=3e-3,6e-3
 
 `python -m moe_lm.bench NAME ...` is `python -m moe_lm.bench.NAME ...` with _ for -, and `NAME --help` its help.
@@ -17,7 +18,7 @@ import sys
 
 from moe_lm.cli import Parser, run_main
 
-NAMES = ("forecast", "generate", "machine", "moe-vs-dense", "serve", "speculation", "sweep", "train")
+NAMES = ("data-ablation", "forecast", "generate", "machine", "moe-vs-dense", "serve", "speculation", "sweep", "train")
 
 
 def main(argv: list[str]) -> None:

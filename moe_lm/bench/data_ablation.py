@@ -1,7 +1,7 @@
 """What cleaning the data buys: models of one shape trained on as many tokens with and without each step.
 
-    python -m moe_lm.bench.data_ablation                     # about a minute for each of 17 models on two cores
-    python -m moe_lm.bench.data_ablation --config configs/nano.toml --steps 300 --seeds 3
+    python -m moe_lm.bench data-ablation                     # about a minute for each of 17 models on two cores
+    python -m moe_lm.bench data-ablation --config configs/nano.toml --steps 300 --seeds 3
 
 Every model is evaluated on the same held-out files of the standard library, which no corpus contains, with the same
 tokenizer. Two corpora: the library's other files as they are, and the same dirtied: copies, near-copies, boilerplate,

@@ -150,7 +150,7 @@ class Calls(NamedTuple):
 
 
 CALLS = Calls(step=44, sequence=10)
-"""Fitted on nano-dense, nano-draft and a wider mixture, nano left out, at batches of 1, 4 and 16, on 2 cores of an AMD
+"""Fitted on nano-dense and nano-draft at batches of 1, 4 and 16, nano left out, on 2 cores of an AMD
 EPYC of 2024 (36 and 8) and of a Xeon with AMX (60 and 15), which takes 3.5 times as long for a call."""
 
 READS = {"a100": 0.90, "h100": 0.80, "cpu": 1.0}
@@ -188,6 +188,8 @@ ADAMW_BYTES = 30
 bit."""
 GRADIENT_PASSES = 4
 """Bytes of each gradient that the norm before the step reads and its zeroing after it writes."""
+CAST_BYTES = 12
+"""Our trainer on a processor rounds each float32 weight to 16 bit in the forward, and widens its gradient."""
 MUON_BYTES = 60
 """Muon's momentum, look-ahead, cast, norm and update pass over float32 and 16-bit copies of a weight as often."""
 NEWTON_SCHULZ_STEPS = 5

@@ -7,10 +7,10 @@ import math
 from functools import lru_cache
 
 from moe_lm.config import ModelConfig
-from moe_lm.scaling.constants import ADAMW_BYTES, GRADIENT_PASSES, MUON_BYTES, NEWTON_SCHULZ_STEPS
+from moe_lm.scaling.constants import ADAMW_BYTES, CAST_BYTES, GRADIENT_PASSES, MUON_BYTES, NEWTON_SCHULZ_STEPS
 from moe_lm.scaling.hardware import Machine
 from moe_lm.scaling.layout import Layout
-from moe_lm.scaling.roofline import stream
+from moe_lm.scaling.roofline import stream, width
 from moe_lm.scaling.shards import expert_shapes, layer_shapes
 
 
@@ -38,10 +38,14 @@ def optimizer_seconds(
         shard = weights / shards if plan.zero else weights
         nbytes = own * shard + GRADIENT_PASSES * (shard if plan.zero >= 2 else weights)
         seconds += stream(machine, nbytes).seconds
+    if machine.sheet.family == "cpu" and width(plan.dtype) < 4:
+        seconds += stream(machine, CAST_BYTES * machine.reached.passes * (dense + experts)).seconds
     if layout.optimizer == "muon":
         flops = sum(count * orthogonalisation_flops(model, layer) for layer, count in layers)
         split = plan.tp * (layout.zero_group if plan.zero else 1)
-        seconds += flops / split / (machine.sheet.peak(plan.dtype) * machine.reached.gemm)
+        # Small products side by side, as the experts' are.
+        rate = machine.sheet.peak(plan.dtype) * machine.reached.gemm * machine.reached.grouped
+        seconds += flops / split / rate
     return seconds
 
 
