@@ -51,6 +51,8 @@ FASTER = {
     "kernels.check": ["--only", "rms norm"],
     "moe_lm.bench": ["--quick", "--turns", "1"],
     "moe_lm.bench forecast": ["--turns", "1"],
+    "moe_lm.bench moe-vs-dense": ["--minutes", "0.002", "--seeds", "1", "--steps", "2", "--rates", "1"],
+    "moe_lm.bench train": ["--turns", "1", "--steps", "1", "--rows", "1", "--length", "32"],
     "moe_lm.bench.speculation": ["--max-tokens", "8", "--repeats", "1"],
     "moe_lm.generate": ["--max-tokens", "16"],
 }
@@ -243,12 +245,14 @@ def test_server_document(here, capfd):
 @pytest.mark.parametrize("command", [command for command in RUN if command.startswith("python -m moe_lm.bench")])
 def test_measuring_command(command, here, monkeypatch, capfd):
     words = shlex.split(command)[1:]
+    monkeypatch.setattr(machine, "best_seconds", lambda run, device: machine.median_seconds(run, device, 0.001))
     call(monkeypatch, words)
     shown = capfd.readouterr().out
     expected = {
         "moe_lm.bench.machine": "float32 GEMM", "moe_lm.bench.speculation": "greedy",
         "moe_lm.bench generate": '{"cases": [', "moe_lm.bench serve": '"failures": []',
-        "moe_lm.bench forecast": "training           predicted",
+        "moe_lm.bench forecast": "training           predicted", "moe_lm.bench train": "ratio of medians",
+        "moe_lm.bench moe-vs-dense": "equal wall-clock",
     }  # fmt: skip
     named = words[1] if words[1] in expected else " ".join(words[1:3])
     assert expected[named] in shown

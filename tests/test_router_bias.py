@@ -218,10 +218,11 @@ def test_a_step_is_read_once(data, tmp_path):
     batch = trainer.micro_batches()[0]
     parts = [(0.5, trainer.model.losses(batch.tokens, batch.targets, batch.positions, batch.documents))] * 2
     with Reads() as reads:
-        metrics = trainer.collect(parts, 2 * batch.num_targets, 2 * batch.num_bytes)
+        metrics = trainer.collect(parts, 2 * batch.num_targets, 2 * batch.num_bytes, torch.tensor(0.25))
         assert reads.count == 0  # all numbers come by one copy to the host
         parts[0][1].aux.item()
     assert reads.count == 1
+    assert metrics["grad_norm"] == 0.25
     assert metrics["loss"] == pytest.approx(parts[0][1].nll.item() / batch.num_targets)
 
 

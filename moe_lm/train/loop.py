@@ -151,8 +151,7 @@ class Trainer:
             parts.append((share, losses))
         limit = train.max_grad_norm or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit, foreach=True)
-        metrics = self.collect(parts, num_targets, sum(batch.num_bytes for batch in batches))
-        metrics["grad_norm"] = grad_norm.item()
+        metrics = self.collect(parts, num_targets, sum(batch.num_bytes for batch in batches), grad_norm)
         self.check_finite(self.step + 1, metrics, "loss", "aux_loss", "z_loss", "grad_norm")
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -183,10 +182,13 @@ class Trainer:
             left -= rows
         return batches
 
-    def collect(self, parts: list[tuple[float, Losses]], num_targets: int, num_bytes: int) -> dict[str, Any]:
+    def collect(
+        self, parts: list[tuple[float, Losses]], num_targets: int, num_bytes: int, grad_norm: torch.Tensor
+    ) -> dict[str, Any]:
         """The step's losses and routing as plain numbers; routing as it was for the step, before its biases move."""
         every = [losses for _, losses in parts]
         tensors = {
+            "grad_norm": grad_norm,
             "nll": torch.stack([losses.nll for losses in every]),
             "expert_counts": sum(losses.expert_counts for losses in every),
         }
@@ -208,6 +210,7 @@ class Trainer:
             "router_entropy": [round(value, 5) for value in found["router_entropy"]],
             "router_confidence": [round(value, 5) for value in found["router_confidence"]],
             "drop_rate": [round(value, 5) for value in found["dropped"]],
+            "grad_norm": found["grad_norm"],
             "dead_experts": sum(count == 0 for layer in found["expert_counts"] for count in layer),
         }
         if "expert_bias" in found:
