@@ -249,9 +249,11 @@ class Forward:
             cost = grouped_gemm(machine, [rows] * round(experts), n, k, dtype=plan.dtype, weight_bits=bits)
         else:
             flops = 2 * experts * rows * n * k
-            compute = flops * padding(machine, rows) / (machine.sheet.peak(plan.dtype) * machine.reached.gemm)
+            # What lowers the rate of small products on a processor lowers that of reading their weights, too.
+            share = machine.reached.grouped
+            compute = flops * padding(machine, rows) / (machine.sheet.peak(plan.dtype) * machine.reached.gemm * share)
             nbytes = experts * (n * k * bits / 8 + rows * (n + k) * self.residual)
-            cost = bounded(machine, flops, nbytes, compute)
+            cost = bounded(machine, flops, nbytes / share, compute)
         return self.widened(cost, experts * n * k, bits, plan.weight_bits < 8 * width(plan.dtype))
 
     def widened(self, cost: Cost, weights: float, stored: float, narrow: bool) -> Part:
