@@ -105,7 +105,7 @@ def test_weak_labels_follow_the_place_of_a_file(tmp_path):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    found = {path: label for path, _, label in classifiers.library_files(tmp_path)}
+    found = {path: label for path, _, label in classifiers.files_of_library(tmp_path)}
     assert found == {"a.py": 1, "big.py": 0, "encodings/c.py": 0, "test/odd.py": 0, "test/t.py": 0}
 
 
@@ -232,7 +232,7 @@ def test_the_docs_do_what_they_say(command, config_file, labels, trained, corpus
     words = [stand_ins.get(word, word) for word in shlex.split(command)]
     if words[:3] == ["python", "-m", "moe_lm.data"]:
         if words[3] == "classifier" and "--labels" not in words:
-            monkeypatch.setattr(classifiers, "library_labels", lambda: classifiers.read_labels(labels))
+            monkeypatch.setattr(classifiers, "labels_of_library", lambda: classifiers.read_labels(labels))
         monkeypatch.chdir(tmp_path)
         program.main(words[3:])
         assert capsys.readouterr().out

@@ -12,6 +12,7 @@ from compare import assert_near
 
 from kernels.cpu import FLOAT_DTYPES, native_passes, torch_passes
 from kernels.cpu import passes as chosen
+from kernels.cpu.native_passes import library
 
 MODULES = pytest.mark.parametrize("passes", [native_passes, torch_passes], ids=["native", "torch"])
 BOTH = pytest.mark.parametrize("dtype", FLOAT_DTYPES)
@@ -143,7 +144,7 @@ def test_row_products(passes):
 
 def test_the_portable_library_computes_the_same(monkeypatch):
     """Without vector instructions by name: a machine without AVX-512, as far as this one can show it."""
-    generic = native_passes.library(generic=True)
+    generic = library(generic=True)
     N, V, F, D = 33, 70, 19, 40
     inputs = {
         "logits": torch.randn(N, V), "hidden": torch.randn(N, 2 * F), "grad": torch.randn(N, F),

@@ -171,7 +171,7 @@ def run(config: RunConfig, args: Any, work: Path) -> list[dict[str, Any]]:
     corpora = write_corpora(work / "corpora", data.validation_fraction)
     directory = work / "classifier"
     if not (directory / "classifier.json").exists():
-        made = classifiers.train_classifier(*classifiers.library_labels(), "code", "standard library")
+        made = classifiers.train_classifier(*classifiers.labels_of_library(), "code", "standard library")
         classifiers.save_classifier(made, directory)
     rows = []
     for corpus, step, seed in arms(args.seeds, [step for step in args.only if "+" in step]):

@@ -88,7 +88,7 @@ def classifier(argv: list[str]) -> None:
         origin, kind = args.labels.name, args.kind or "any"
     else:
         progress("reading the standard library")
-        texts, labels = made.library_labels()
+        texts, labels = made.labels_of_library()
         origin, kind = "standard library (good), its tests, codecs and tables (bad)", args.kind or "code"
     progress(f"training on {len(texts):,} documents")
     trained = made.train_classifier(texts, labels, kind, origin)

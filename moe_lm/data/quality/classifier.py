@@ -2,7 +2,7 @@
 
 Llama 3 (2024, section 3.1.1) keeps what fastText, a linear classifier of hashed n-grams (Joulin et al. 2017), and a
 DistilRoberta take for good. This is the fastText end of that, on scikit-learn. The labels are the user's; without any,
-`library_labels` makes weak ones. On the disk it is classifier.json and weights.safetensors. F features.
+`labels_of_library` makes weak ones. On the disk it is classifier.json and weights.safetensors. F features.
 """
 
 import hashlib
@@ -199,7 +199,7 @@ def read_labels(path: Path) -> tuple[list[str], list[int]]:
     return texts, labels
 
 
-def library_labels() -> tuple[list[str], list[int]]:
+def labels_of_library() -> tuple[list[str], list[int]]:
     """Weak labels for code, of the running interpreter's own files: the library's modules are good, and its tests, its
     codecs (stamped from templates) and its tables of data are bad.
 
@@ -207,7 +207,7 @@ def library_labels() -> tuple[list[str], list[int]]:
     interpreter came without its tests.
     """
     texts, labels = [], []
-    for relative, text, label in library_files(stdlib_root()):
+    for relative, text, label in files_of_library(stdlib_root()):
         if len(text) >= 200 and "lib2to3/tests/data" not in relative:  # those do not even parse, on purpose
             texts.append(text)
             labels.append(label)
@@ -218,7 +218,7 @@ def library_labels() -> tuple[list[str], list[int]]:
     return texts, labels
 
 
-def library_files(root: Path) -> Iterator[tuple[str, str, int]]:
+def files_of_library(root: Path) -> Iterator[tuple[str, str, int]]:
     """(path, source, label) of the Python files of the library at `root`, in the order of their paths."""
     bad = {"test", "tests", "idle_test", "encodings", "pydoc_data"}
     for directory, children, files in os.walk(root):
