@@ -11,7 +11,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,6 +215,14 @@ def short_names(records: Sequence[Record]) -> dict[str, str]:
 def with_seed(config: RunConfig, seed: int, **train: Any) -> RunConfig:
     """The config with another seed and other settings of its training."""
     return dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed, **train))
+
+
+def edge_of(best: float, tried: Iterable[float]) -> tuple[str, str] | None:
+    """How to say that the best of several numbers is at their end, and where others should be tried; None if not."""
+    numbers = set(tried)
+    if len(numbers) < 2:
+        return None
+    return {min(numbers): ("least", "lower"), max(numbers): ("greatest", "higher")}.get(best)
 
 
 def mean_bits(records: Sequence[Record]) -> float | None:

@@ -21,7 +21,18 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from moe_lm.bench.arms import Arm, Record, Results, Say, mean_bits, short_names, spread_of, train_round, with_seed
+from moe_lm.bench.arms import (
+    Arm,
+    Record,
+    Results,
+    Say,
+    edge_of,
+    mean_bits,
+    short_names,
+    spread_of,
+    train_round,
+    with_seed,
+)
 from moe_lm.cli import Parser, run_main
 from moe_lm.config import ConfigError, RunConfig, require
 from moe_lm.data import PreparedData, prepare_data
@@ -89,8 +100,8 @@ class Comparison:
             tell(
                 f"{name}: " + ", ".join(f"x{rate:g} {value:.4f}" for rate, value in bits.items()) + f"; best x{best:g}"
             )
-            if best in (rates[0], rates[-1]):
-                end, side = ("least", "lower") if best == rates[0] else ("greatest", "higher")
+            if edge := edge_of(best, rates):
+                end, side = edge
                 tell(
                     f"the best of {name}, x{best:g}, is the {end} tried: add a {side} one to --rates before trusting "
                     "what follows."

@@ -18,7 +18,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_lm.bench.arms import Arm, Record, Results, Say, mean_bits, short_names, spread_of, train_round, with_seed
+from moe_lm.bench.arms import (
+    Arm,
+    Record,
+    Results,
+    Say,
+    edge_of,
+    mean_bits,
+    short_names,
+    spread_of,
+    train_round,
+    with_seed,
+)
 from moe_lm.cli import Parser, parse_run_config, run_main
 from moe_lm.config import RunConfig, require
 from moe_lm.data import prepare_data
@@ -104,13 +115,12 @@ def edges(axes: Sequence[Axis], best: Choice) -> list[str]:
             value, tried = best[place], {values[column] for values in axis.values}
             place += 1
             try:
-                numbers = sorted({float(text) for text in tried})
+                edge = edge_of(float(value), map(float, tried))
             except ValueError:
                 continue
-            if axis.is_shape or len(numbers) < 2 or float(value) not in (numbers[0], numbers[-1]):
-                continue
-            end, side = ("least", "lower") if float(value) == numbers[0] else ("greatest", "higher")
-            sentences.append(f"the best {key}, {value}, is the {end} tried: try {side} ones before trusting it.")
+            if edge and not axis.is_shape:
+                end, side = edge
+                sentences.append(f"the best {key}, {value}, is the {end} tried: try {side} ones before trusting it.")
     return sentences
 
 
