@@ -59,7 +59,7 @@ def figures(config_file, *words):
 
 
 def mini_step(**changes):
-    names = {"router_jitter_noise"}
+    names = {"router_jitter_noise", "num_hidden_layers"}
     model = replace(MODEL, **{name: value for name, value in changes.items() if name in names})
     settings = {"device": "cpu", "dtype": "float32"} | {k: v for k, v in changes.items() if k not in names}
     return TrainingStep(
@@ -164,6 +164,20 @@ def test_backward_is_booked_where_the_forward_was(gemm):
     assert {way for _, way in names} == {"backward"}
     # Both weights' AccumulateGrad and the operation itself, in each of two layers.
     assert names["experts", "backward"] >= 2 * 3
+
+
+def test_the_forward_returns_to_what_a_module_stood_in(gemm, monkeypatch):
+    """One layer and what follows it: a block is norms but for what stands in it, and experts stand in the router."""
+    seen = []
+    switch = train_parts.Clock.switch
+    monkeypatch.setattr(train_parts.Clock, "switch", lambda self, part: seen.append(part) or switch(self, part))
+    parts = train_parts.StepParts(mini_step(num_hidden_layers=1))
+    parts.take()
+    first = seen.index(("embedding", "forward"))
+    forward = [name for name, way in seen[first : seen.index(("loss", "backward"))] if way == "forward"]
+    found = [name for i, name in enumerate(forward) if not i or name != forward[i - 1]]
+    assert found == ["embedding", "norms", "attention", "norms", "router", "experts", "router", "norms", "embedding",
+                     "norms", "loss"]  # fmt: skip
 
 
 @pytest.mark.parametrize("form", [*train_peer.FORMS, "float32"])
