@@ -66,13 +66,14 @@ def test_the_mean_stays_zero():
 
 def test_updates_even_out_a_router_that_prefers():
     logits = torch.randn(512, 8) + torch.linspace(0, 3, 8)
-    moe = biased_moe(8, 0.003)
+    # Steps of 0.001: over 200 seeds the ratio of loads ends below 1.21. At 0.003 it reached 1.67, the step's own noise.
+    moe = biased_moe(8, 0.001)
 
     def load() -> torch.Tensor:
         return kernels.route(logits, 2, moe.e_score_correction_bias).offsets.diff()
 
     assert load().max() > 3 * load().min()
-    for _ in range(300):
+    for _ in range(900):
         moe.update_bias(load())
     assert load().max() < 1.4 * load().min()
 
