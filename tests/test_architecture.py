@@ -44,6 +44,7 @@ GRANTED = {
     ("scaling", "moe_lm.model"): "the meta-device check cuts the real model's weights",
     ("scaling", "moe_lm.bench.machine"): "plans for this machine start from its measured rates",
     ("scaling", "kernels"): "and from what the operations reach on it",
+    ("scaling", "kernels.cpu.decoder"): "and the decoder",
     ("train.py", "moe_lm.bench.talk"): "the program ends its run by letting the model talk and be timed",
 }
 """Arrows from a room to a module that the table above does not allow, with the reason."""

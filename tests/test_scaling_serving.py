@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lm.config import ConfigError, LatentAttention, Mamba, ModelConfig, ServingPlan
-from moe_lm.scaling.constants import ENGINES, READS, SERVING_SPREAD, Engine
+from moe_lm.scaling.constants import CALLS, ENGINES, READS, SERVING_SPREAD, Engine
 from moe_lm.scaling.counts import forward_flops_per_token
 from moe_lm.scaling.frontier import frontier, layouts, sweep
-from moe_lm.scaling.hardware import Hardware, Machine, PeakFlops, machine
+from moe_lm.scaling.hardware import KEPT, Hardware, Machine, PeakFlops, machine
 from moe_lm.scaling.routing import expected_distinct
 from moe_lm.scaling.serving import decode_rate, decode_step, expected_tokens, forecast, prefill, serve
 from moe_lm.scaling.serving_choices import (
@@ -228,6 +228,40 @@ def test_a_cpu_has_no_tiles_and_needs_no_links():
     computing = replace(computing, reached=computing.reached._replace(launch=0.0, attention=1.0))
     step = decode_step(nano, plan, computing, batch=1, context=100, engine=NO_ENGINE)
     assert step.seconds == pytest.approx(step.flops / 6e11, rel=0.01)
+
+
+def test_a_core_reads_and_then_multiplies():
+    """Of the products of 8 rows, by hand; a GPU does both at once."""
+    real = replace(cpu(), reached=cpu().reached._replace(launch=0.0))
+    dense = replace(DENSE, num_hidden_layers=1)
+    parts = decode_step(dense, ServingPlan(gpu="cpu"), real, batch=8, context=1, engine=NO_ENGINE).parts
+    weights = 4096 * 32000
+    assert parts["output"] == pytest.approx(2 * weights / 2e10 + 16 * weights / 6e11, rel=0.01)
+
+
+def test_what_one_step_reads_is_in_the_cache_of_the_next():
+    """All of a small model; of many experts those that a step takes, not those that it leaves."""
+    model = ModelConfig(num_local_experts=16, num_experts_per_tok=2)
+    nbytes = decode_step(model, ServingPlan(gpu="cpu"), cpu(), batch=1, context=1, engine=NO_ENGINE).weight_bytes
+    large = replace(cpu(), sheet=replace(cpu().sheet, l2_bytes=math.ceil(nbytes / KEPT), bandwidth=2e8))
+    kept = replace(large, reached=large.reached._replace(cached=5.0))
+    fast = replace(large, sheet=replace(large.sheet, bandwidth=1e9))
+    step, without, five_times = (
+        decode_step(model, ServingPlan(gpu="cpu"), here, batch=1, context=1, engine=NO_ENGINE)
+        for here in (kept, large, fast)
+    )
+    assert step.seconds == pytest.approx(five_times.seconds)
+    assert step.seconds < without.seconds / 4
+
+
+def test_threads_wait_less_than_a_call():
+    none, long = (replace(cpu(), reached=cpu().reached._replace(launch=launch)) for launch in (0.0, 1.0))
+    seconds = [
+        decode_step(ModelConfig(), ServingPlan(gpu="cpu"), here, batch=1, context=1, engine=NO_ENGINE).parts["norms"]
+        for here in (none, long)
+    ]
+    launches = 4 * ModelConfig().num_hidden_layers
+    assert seconds[1] - seconds[0] == pytest.approx(launches * CALLS.wait)
 
 
 def test_forecast_figures_belong_together():

@@ -7,12 +7,14 @@ head.
 import os
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import kernels
+from kernels.cpu.decoder import Decoder, unavailable
 from moe_lm.bench import machine as bench
 from moe_lm.config import ConfigError
 from moe_lm.scaling.hardware import Hardware, Machine, Measured, PeakFlops, machine_of, sheet_toml
@@ -31,6 +33,7 @@ def measured_machine(path: str = "") -> Machine:
     fast = bench.fastest_dtype(DEVICE)
     products = bench.product_rate(DEVICE, fast)
     rates[fast] = max(rates[fast], products)  # measured at different moments
+    rates[torch.float32] = max(rates[torch.float32], decoder_rate())
     bandwidth, cache = bench.read_bandwidth(DEVICE), last_cache()
     passing = bench.elementwise_bandwidth(DEVICE, fast)
     sheet = Hardware(
@@ -60,6 +63,34 @@ def measured_machine(path: str = "") -> Machine:
         except OSError as error:
             raise ConfigError(f"--measure {path} cannot be written: {error.strerror}.") from None
     return machine_of(sheet)
+
+
+def decoder_rate() -> float:
+    """FLOP/s in float32 that 15 tokens more cost our decoder which reads its weights for one; 0 where it cannot run.
+
+    Three dense layers, D = 320, F = 640, V = 3,072, H = 5, C = 64. torch's products reach two thirds of it on an EPYC.
+    """
+    if unavailable():
+        return 0.0
+    L, D, F, V, H, C, most = 3, 320, 640, 3072, 5, 64, 16
+    shapes = {
+        "qkv_proj": ((H + 2) * C, D), "o_proj": (D, H * C), "gate_up_proj": (2 * F, D), "down_proj": (D, F),
+        "input_layernorm": (D,), "post_attention_layernorm": (D,),
+    }  # fmt: skip
+    layers = [{name: torch.randn(shape) for name, shape in shapes.items()} for _ in range(L)]
+    head = torch.randn(V, D)
+    decoder = Decoder(layers, head, torch.ones(D), head, heads=H, kv_heads=1, head_dim=C, top_k=0, eps=1e-5)
+    tokens, table, angles = torch.arange(most), torch.zeros(1, 1, dtype=torch.int64), torch.zeros(most, C // 2)
+    keys, values = torch.zeros(2, L, 1, most, 1, C)
+
+    def seconds(count: int) -> float:
+        ends, ids = torch.tensor([0, count]), tokens[:count]
+        cos_sin = angles[:count], angles[:count]
+        run = partial(decoder.forward, ids, *cos_sin, ids, table, ends, ends[1:], keys, values, ids)
+        return bench.best_seconds(run, DEVICE)
+
+    flops = 2 * (most - 1) * sum(weight.numel() for weight in (head, *(w for own in layers for w in own.values())))
+    return flops / max(seconds(most) - seconds(1), 1e-6)
 
 
 def last_cache() -> int:

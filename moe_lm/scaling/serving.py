@@ -7,7 +7,7 @@ from functools import cache
 from moe_lm.config import ModelConfig, ServingPlan
 from moe_lm.scaling.collectives import send
 from moe_lm.scaling.constants import CALLS, DRAFT_SHARE, ENGINES, MODEL_ERROR, READS, SERVING_SPREAD, Engine
-from moe_lm.scaling.counts import forward_flops_per_token, parameters
+from moe_lm.scaling.counts import forward_flops_per_token
 from moe_lm.scaling.forward import Forward, pipeline
 from moe_lm.scaling.hardware import Machine
 
@@ -41,14 +41,6 @@ def flops_of_token(model: ModelConfig) -> tuple[float, float]:
     """FLOPs of a token's forward pass at no context, and what each token of context adds."""
     fixed = forward_flops_per_token(model, 0)
     return fixed, forward_flops_per_token(model, 1) - fixed
-
-
-@cache
-def stored_bytes(model: ModelConfig, plan: ServingPlan) -> float:
-    """Bytes of the weights that a rank multiplies with, the table of tokens left out."""
-    weights = parameters(model)
-    table = weights.embedding if weights.output else 0
-    return (weights.total - table) * plan.weight_bits / 8 / serving_gpus(plan)
 
 
 def modern_engine(machine: Machine) -> Engine:
@@ -94,7 +86,18 @@ def step(model: ModelConfig, plan: ServingPlan, machine: Machine, batch: float, 
     engine = engine or modern_engine(machine)
     reached = machine.reached
     reached = reached._replace(bandwidth=reached.bandwidth * READS[machine.sheet.family])
-    machine = Machine(machine.sheet, reached).reading(stored_bytes(model, plan))
+    if machine.sheet.family == "cpu":
+        reached = reached._replace(launch=reached.launch * CALLS.wait)
+    machine = Machine(machine.sheet, reached)
+    if reached.cached > 1:  # the next step reads what this one does, or nearly that
+        alone = passing(model, plan, machine, batch, tokens, context, outputs, engine)
+        machine = machine.reading(alone.weight_bytes)
+    return passing(model, plan, machine, batch, tokens, context, outputs, engine)
+
+
+def passing(model: ModelConfig, plan: ServingPlan, machine: Machine, batch: float, tokens: float, context: float,
+            outputs: float, engine: Engine) -> Step:  # fmt: skip
+    """`step` on a machine whose rates are those of serving."""
     layout = pipeline(model, plan.tp, plan.pp, plan.ep)
     local = max(1.0, batch / plan.ep)  # the busiest rank has a sequence, even where others have none
     flying = min(float(plan.pp), local)  # micro-batches
