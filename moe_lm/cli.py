@@ -25,7 +25,7 @@ import textwrap
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -219,7 +219,8 @@ def parse_run_config(
     extra: Callable[[Parser], None] | None = None,
     find: Callable[[Path], Path] = Path,
 ) -> tuple[RunConfig, argparse.Namespace]:
-    """The config of the run, and the command's own arguments with the path of the config file as `config_path`.
+    """The config of the run, and the command's own arguments, with the path of the config file as `config_path` and the
+    settings on top of it as `overrides`.
 
     `[CONFIG] [--section.key value ...]`: the file, `default` if none is named, then each setting on top of it; the
     checks see only the result, so that settings that need each other change together. `extra(parser)` adds the
@@ -242,11 +243,17 @@ def parse_run_config(
         parser.exit()
     parser.refuse(unknown)
     # Each is absent unless given, and the order is that of the command line.
-    overrides = {name: vars(args).pop(name) for name in list(vars(args)) if name in known}
-    table = read_toml(args.config_path)
-    for name, text in overrides.items():
-        override(table, name, read_value(known[name].kind, text, f"--{name}"))
-    return from_value(RunConfig, table, ""), args
+    given = {name: vars(args).pop(name) for name in list(vars(args)) if name in known}
+    args.overrides = {name: read_value(known[name].kind, text, f"--{name}") for name, text in given.items()}
+    return overridden(args.config_path, args.overrides), args
+
+
+def overridden(path: Path, values: Mapping[str, Any]) -> RunConfig:
+    """The config of a file with some `section.key` set to plain values. Raises ConfigError for what cannot work."""
+    table = read_toml(path)
+    for name, value in values.items():
+        override(table, name, value)
+    return from_value(RunConfig, table, "")
 
 
 def add_settings(parser: Parser, known: Iterable[Setting]) -> dict[str, argparse.Action]:

@@ -53,9 +53,9 @@ def test_the_default_file_and_a_named_one(config_file, tmp_path):
     other = tmp_path / "other.toml"
     other.touch()
     config, args = parse_run_config([], "Test.", default=config_file)
-    assert (config, vars(args)) == (load_config(config_file), {"config_path": config_file})
+    assert (config, vars(args)) == (load_config(config_file), {"config_path": config_file, "overrides": {}})
     config, args = parse_run_config([str(other)], "Test.", default=config_file)
-    assert (config, vars(args)) == (RunConfig(), {"config_path": other})
+    assert (config, vars(args)) == (RunConfig(), {"config_path": other, "overrides": {}})
 
 
 @pytest.mark.parametrize("option", ["--dry-run", "--dry_run"])
@@ -67,7 +67,8 @@ def test_a_command_keeps_its_own_options(config_file, option):
     argv = ["--train.steps", "9", option, str(config_file), "--top-k=3"]
     config, args = parse_run_config(argv, "Test.", extra=extra)
     assert config.train.steps == 9
-    assert vars(args) == {"config_path": config_file, "dry_run": True, "top_k": 3}
+    overrides = {"train.steps": 9}
+    assert vars(args) == {"config_path": config_file, "overrides": overrides, "dry_run": True, "top_k": 3}
 
 
 def test_a_parser_for_commands_without_a_run_config():

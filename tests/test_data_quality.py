@@ -186,6 +186,7 @@ def test_divergence_is_the_sum_of_its_formula():
     ("source", "key", "kind"),
     [
         (SourceConfig("python:code"), "a.py", "code"),
+        (SourceConfig("python:packages"), "a.py", "code"),
         (SourceConfig("python:prose"), "a.py", "prose"),
         (SourceConfig("some/dir"), "sub/a.PY", "code"),
         (SourceConfig("some/dir"), "sub/a.txt", "prose"),

@@ -113,8 +113,27 @@ def test_the_identity_changes_with_the_files(library):
     assert before != source.identity()
 
 
+def test_installed_packages_are_files_of_python_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(stdlib, "packages_root", lambda: tmp_path)
+    with pytest.raises(ConfigError, match=r"python:packages finds no Python files in .*: install packages there"):
+        open_source(SourceConfig("python:packages"))
+    for name, text in {
+        "b/core.py": MODULE, "a.py": "x = 1\n", "b/tests/t.py": "x = 1\n", "b/data.txt": "text\n", "b/empty.py": " \n",
+        "b/table.py": f"X = {'1' * 200_000}\n", "b/bytes.py": b"x = '\xff'\n", "__pycache__/c.py": "x = 1\n",
+    }.items():  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    source = open_source(SourceConfig("python:packages"))
+    assert [(document.key, document.text) for document in source] == [("a.py", "x = 1\n"), ("b/core.py", MODULE)]
+    assert source.skipped == 1
+    before = source.identity()
+    assert before == open_source(SourceConfig("python:packages")).identity()
+    (tmp_path / "a.py").write_text("x = 12\n")
+    assert before != open_source(SourceConfig("python:packages")).identity()
+
+
 def test_an_unknown_python_source_is_refused():
-    with pytest.raises(ConfigError, match=r"python:poetry is not known: it is python:code or python:prose"):
+    with pytest.raises(ConfigError, match=r"python:poetry is not known: it is python:code, python:prose or python:p"):
         open_source(SourceConfig("python:poetry"))
 
 

@@ -262,9 +262,19 @@ def test_the_whole_comparison(files, capsys, monkeypatch):
     assert capsys.readouterr().out.split("mix: ", 1)[1] == first.out.split("mix: ", 1)[1]
 
 
+def test_a_setting_is_one_of_both(files, data, monkeypatch):
+    compared = []
+    monkeypatch.setattr(moe_vs_dense.Comparison, "run", lambda self: compared.extend(self.configs.values()))
+    monkeypatch.chdir(files)
+    moe_vs_dense.main(["mix.toml", "dense.toml", "--train.batch_tokens", "96", "--train.seed", "3"])
+    assert [(config.train.batch_tokens, config.train.seed) for config in compared] == [(96, 3)] * 2
+    assert [config.model.num_local_experts for config in compared] == [4, 0]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["mix.toml", "dense.toml", "--train.seeds", "1"], "--train.seeds is not a known setting"),
         (["dense.toml", "mix.toml"], "dense.toml has no experts: name the mixture first"),
         (["mix.toml", "mix.toml"], "num_local_experts = 4: name a dense config second"),
         (["mix.toml", "other.toml"], "train.seed of .* differ, 0 and 5: make them alike"),

@@ -61,7 +61,7 @@ def test_the_class_of_a_token(text, before, after, name):
 
 
 def test_words_are_reserved_only_in_files_of_their_language():
-    assert "None" in keywords_of("a/b.PY") == keywords_of("python:code")
+    assert "None" in keywords_of("a/b.PY") == keywords_of("python:code") == keywords_of("python:packages")
     assert "struct" in keywords_of("x.rs") != keywords_of("x.py")
     assert not keywords_of("notes.txt") | keywords_of("standard input") | keywords_of("python:prose")
 

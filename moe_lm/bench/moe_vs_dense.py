@@ -4,6 +4,8 @@
     python -m moe_lm.bench moe-vs-dense --minutes 10 --seeds 3 --sweep --json runs/moe-vs-dense.jsonl
     python -m moe_lm.bench moe-vs-dense my-mixture.toml my-dense.toml --minutes 30 --rates 1
 
+A setting, such as --train.batch_tokens 4096, is one of both.
+
 First both try the learning rates of --rates, multiples of their configs' (AdamW's and Muon's alike), with the first
 seed and a third of the steps, and each keeps its best. Then, for every seed, both train for equal tokens (as many steps
 as --steps says; the same every time), and for equal wall-clock: M minutes inside their own training steps, the learning
@@ -33,11 +35,10 @@ from moe_lm.bench.arms import (
     train_round,
     with_seed,
 )
-from moe_lm.cli import Parser, run_main
+from moe_lm.cli import Parser, overridden, parse_run_config, run_main
 from moe_lm.config import ConfigError, RunConfig, require
 from moe_lm.data import PreparedData, prepare_data
 from moe_lm.scaling.counts import parameters
-from moe_lm.toml import load_config
 
 EXPERTS = (4, 16, 64)
 """Of the sweep; one expert that every token goes to is the dense model."""
@@ -53,7 +54,7 @@ class Comparison:
 
     def __init__(self, args: Namespace, mixture: RunConfig, dense: RunConfig, data: PreparedData, say: Say):
         self.args, self.data, self.say = args, data, say
-        self.configs = {args.mixture.stem: mixture, args.dense.stem: dense}
+        self.configs = {args.config_path.stem: mixture, args.dense.stem: dense}
         self.mixture, self.dense = self.configs
         self.steps = args.steps or mixture.train.steps
         self.results = Results(args.json)
@@ -175,18 +176,17 @@ def verdict(name: str, other: str, ours: Sequence[Record], theirs: Sequence[Reco
 def check_pair(mixture: RunConfig, dense: RunConfig, args: Namespace) -> None:
     """Raise ConfigError where the two cannot be compared."""
     experts, top_k = dense.model.num_local_experts, mixture.model.num_experts_per_tok
-    require(mixture.model.is_moe, f"{args.mixture} has no experts: name the mixture first, then the dense config.")
-    require(experts == 0, f"{args.dense} has num_local_experts = {experts}: name a dense config second.")
-    require(args.mixture.stem != args.dense.stem, f"{args.mixture} and {args.dense} have one name: rename a file.")
+    first, second = args.config_path, args.dense
+    require(mixture.model.is_moe, f"{first} has no experts: name the mixture first, then the dense config.")
+    require(experts == 0, f"{second} has num_local_experts = {experts}: name a dense config second.")
+    require(first.stem != second.stem, f"{first} and {second} have one name: rename a file.")
     for what, here, there in (
         ("data", mixture.data, dense.data),
         ("model.vocab_size", mixture.model.vocab_size, dense.model.vocab_size),
         ("train.seed", mixture.train.seed, dense.train.seed),
         ("train.eval_tokens", mixture.train.eval_tokens, dense.train.eval_tokens),
     ):
-        require(
-            here == there, f"{what} of {args.mixture} and {args.dense} differ, {here} and {there}: make them alike."
-        )
+        require(here == there, f"{what} of {first} and {second} differ, {here} and {there}: make them alike.")
     require(
         not args.sweep or top_k <= min(EXPERTS),
         f"--sweep goes down to {min(EXPERTS)} experts, and num_experts_per_tok = {top_k} is more: leave --sweep out.",
@@ -204,10 +204,7 @@ def parse_rates(text: str) -> tuple[float, ...]:
     return rates
 
 
-def make_parser() -> Parser:
-    parser = Parser(__doc__, prog="python -m moe_lm.bench moe-vs-dense")
-    parser.add_argument("mixture", metavar="MIXTURE", nargs="?", type=Path, default=Path("configs/nano.toml"),
-                        help="the config of the mixture (default %(default)s)")  # fmt: skip
+def add_options(parser: Parser) -> None:
     parser.add_argument("dense", metavar="DENSE", nargs="?", type=Path, default=Path("configs/nano-dense.toml"),
                         help="the config of the dense model (default %(default)s)")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=10, help="of training for each (default %(default)s)")
@@ -217,16 +214,15 @@ def make_parser() -> Parser:
     parser.add_argument("--sweep", action="store_true", help="other numbers of experts beside them")
     parser.add_argument("--turn", type=float, default=10, help="seconds of a turn (default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where results are kept, and taken up again")
-    return parser
 
 
 def main(argv: list[str]) -> None:
-    args = make_parser().parse_args(argv)
+    mixture, args = parse_run_config(argv, __doc__, extra=add_options)
+    dense = overridden(args.dense, args.overrides)
     for name in ("minutes", "seeds", "steps", "turn"):
         value = getattr(args, name)
         require(value is None or value > 0, f"--{name} {value} must be greater than 0.")
     args.rates = parse_rates(args.rates)
-    mixture, dense = load_config(args.mixture), load_config(args.dense)
     check_pair(mixture, dense, args)
     from kernels.bench.measure import busy
     from kernels.cpu.process import tune_process

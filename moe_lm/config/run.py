@@ -14,8 +14,9 @@ class SourceConfig:
     """One stream of documents in the mixture."""
 
     path: str
-    """`python:code` or `python:prose` (the running interpreter's standard library), a local text, JSONL or parquet
-    file or a directory of them, or a dataset name on the Hugging Face hub."""
+    """`python:code` or `python:prose` (the running interpreter's standard library), `python:packages` (what is
+    installed beside it), a local text, JSONL or parquet file or a directory of them, or a dataset on the Hugging Face
+    hub."""
     epochs: float = 1.0
     """Weight in the mixture, as passes over this source for each pass over a source of epochs = 1."""
     name: str | None = None
@@ -27,7 +28,8 @@ class SourceConfig:
     streaming: bool = False
     """Read and tokenize while training instead of before it; needed where a source does not fit the disk."""
     kind: Literal["auto", "prose", "code"] = "auto"
-    """Which heuristics of data.quality fit it; `auto` is code for python:code and for files with a name of code."""
+    """Which heuristics of data.quality fit it; `auto` is code for all of python: but its prose, and for
+    files with a name of code."""
     rules: QualityRules | None = None
     """Thresholds of the heuristics for this source, in place of all those of data.quality.rules."""
     skip_quality: tuple[Literal["exact", "lines", "heuristics", "near", "outliers", "classifier"], ...] = ()

@@ -73,7 +73,7 @@ class StandardLibrary(Source):
         super().__init__(f"python:{part}")
         require(
             part in ("code", "prose"),
-            f"data source python:{part} is not known: it is python:code or python:prose.",
+            f"data source python:{part} is not known: it is python:code, python:prose or python:packages.",
         )
         self.part = part
         self.root = stdlib.stdlib_root()
@@ -92,6 +92,39 @@ class StandardLibrary(Source):
     def identity(self) -> list[Any]:
         files = [self.root / relative for relative in stdlib.stdlib_files(self.root, (".py", ".txt", ".rst"))]
         return [self.name, sys.version, file_stamps(self.root, files)]
+
+
+class Packages(Source):
+    """`python:packages`: the Python files of the packages that are installed beside this interpreter, as they are.
+
+    Some 200 MB where this project is installed with its extras. Directories of tests are left out, as are files of more
+    than 200 kB, which are tables or written by programs.
+    """
+
+    LARGEST = 200_000
+
+    def __init__(self):
+        super().__init__("python:packages")
+        self.root = stdlib.packages_root()
+        files = (self.root / relative for relative in stdlib.stdlib_files(self.root, (".py",)))
+        self.files = [file for file in files if file.stat().st_size <= self.LARGEST]
+        require(
+            bool(self.files),
+            f"{self.name} finds no Python files in {self.root}: install packages there, or name a directory or a hub "
+            "dataset in data.sources.",
+        )
+
+    def __iter__(self) -> Iterator[Document]:
+        self.skipped = 0
+        for file in self.files:
+            text = read_text(file)
+            if text is None:
+                self.skipped += 1
+            elif text.strip():
+                yield Document(text, file.relative_to(self.root).as_posix())
+
+    def identity(self) -> list[Any]:
+        return [self.name, file_stamps(self.root, self.files)]
 
 
 class Rows(Source):
@@ -196,13 +229,16 @@ class LocalFiles(Source):
 def open_source(source: SourceConfig) -> Source:
     """The documents that `source` names.
 
-    `python:` is the standard library; a path that exists is local; what looks like a path and does not exist is
-    refused; anything else is a dataset on the hub. With `streaming` the result is always `Rows`, the one kind that can
-    be resumed from the middle. Hub data count as fixed: a tokenized copy in the cache is not compared with the hub.
+    `python:` is the standard library, or what is installed beside it; a path that exists is local; what looks like a
+    path and does not exist is refused; anything else is a dataset on the hub. With `streaming` the result is always
+    `Rows`, the one kind that can be resumed from the middle. Hub data count as fixed: a tokenized copy in the cache is
+    not compared with the hub.
     Raises ConfigError for what cannot be opened.
     """
     path, opened = Path(source.path).expanduser(), None
-    if source.path.startswith("python:"):
+    if source.path == "python:packages":
+        opened = Packages()
+    elif source.path.startswith("python:"):
         opened = StandardLibrary(source.path.removeprefix("python:"))
     elif path.exists():
         opened = LocalFiles(path, source.text_field)

@@ -42,6 +42,11 @@ def stdlib_root() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
+def packages_root() -> Path:
+    """The directory of the packages that are installed for the running interpreter."""
+    return Path(sysconfig.get_path("purelib"))
+
+
 def stdlib_files(root: Path, suffixes: tuple[str, ...]) -> list[str]:
     """Paths relative to `root`, with forward slashes, sorted, of the library's files that end in `suffixes`."""
     found = []

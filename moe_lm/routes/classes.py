@@ -29,8 +29,10 @@ KEYWORDS = {".py": PYTHON, ".pyi": PYTHON, **dict.fromkeys(C_LIKE_FILES.split(),
 
 
 def keywords_of(name: str) -> frozenset[str]:
-    """The reserved words of the file called `name`; `python:code` is Python."""
-    return PYTHON if name.startswith("python:code") else KEYWORDS.get(Path(name).suffix.lower(), frozenset())
+    """The reserved words of the file called `name`; of Python for `python:code` and `python:packages`."""
+    if name in ("python:code", "python:packages"):
+        return PYTHON
+    return KEYWORDS.get(Path(name).suffix.lower(), frozenset())
 
 
 def in_word(character: str) -> bool:

@@ -19,7 +19,7 @@ def kind_of(source: SourceConfig, key: str) -> str:
     if source.kind != "auto":
         return source.kind
     if source.path.startswith("python:"):
-        return "code" if source.path == "python:code" else "prose"
+        return "prose" if source.path == "python:prose" else "code"
     return "code" if is_code(key) or is_code(source.path) else "prose"
 
 
