@@ -94,6 +94,9 @@ class TrainConfig:
     """Muon's peak of the schedule."""
     muon_momentum: float = 0.95
     """Muon's decay of the momentum."""
+    expert_ns_steps: int = 5
+    """Muon's steps of Newton and Schulz for the routed experts: fewer cost less and leave updates less orthogonal. Nano
+    learns as well with 3."""
     zero_init_residual: bool = True
     """Start what writes to the residual stream (attention output, MLP down projection) at zero, so that every block
     begins as the identity (Fixup, Zhang et al. 2019)."""
@@ -147,7 +150,7 @@ class TrainConfig:
     """Also write the metrics for TensorBoard into the run directory (needs the `tensorboard` package)."""
 
     def __post_init__(self):
-        require_positive(self, "steps", "batch_tokens", "micro_batch_tokens", section="train.")
+        require_positive(self, "steps", "batch_tokens", "micro_batch_tokens", "expert_ns_steps", section="train.")
         require_positive(self, "learning_rate", "muon_learning_rate", "adam_eps", section="train.")
         require_positive(self, "embedding_learning_rate_ratio", "expert_learning_rate_ratio", section="train.")
         require_positive(self, "eval_every", "eval_tokens", "log_every", section="train.")

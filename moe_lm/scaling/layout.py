@@ -7,7 +7,7 @@ import bisect
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from moe_lm.config import ConfigError, ModelConfig, RunConfig, ServingPlan, TrainingPlan, require
@@ -30,6 +30,8 @@ class Layout:
     """Forwards that a replica's stage makes per optimizer step."""
     optimizer: str = "adamw"
     """train.optimizer"""
+    expert_ns_steps: int = 5
+    """train.expert_ns_steps"""
 
     @property
     def micro_tokens(self) -> int:
@@ -79,7 +81,8 @@ class Stage:
 def settle(run: RunConfig) -> Layout:
     """The layout that [plan] asks for. Raises ConfigError where sizes do not divide each other."""
     train = run.train
-    return lay(run.model, run.plan, run.data.sequence_length, train.batch_tokens, train.optimizer)
+    laid = lay(run.model, run.plan, run.data.sequence_length, train.batch_tokens, train.optimizer)
+    return replace(laid, expert_ns_steps=train.expert_ns_steps)
 
 
 def lay(

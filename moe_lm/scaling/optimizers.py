@@ -41,7 +41,7 @@ def optimizer_seconds(
     if machine.sheet.family == "cpu" and width(plan.dtype) < 4:
         seconds += stream(machine, CAST_BYTES * machine.reached.passes * (dense + experts)).seconds
     if layout.optimizer == "muon":
-        flops = sum(count * orthogonalisation_flops(model, layer) for layer, count in layers)
+        flops = sum(count * orthogonalisation_flops(model, layer, layout.expert_ns_steps) for layer, count in layers)
         split = plan.tp * (layout.zero_group if plan.zero else 1)
         # Small products side by side, as the experts' are.
         rate = machine.sheet.peak(plan.dtype) * machine.reached.gemm * machine.reached.grouped
@@ -50,8 +50,8 @@ def optimizer_seconds(
 
 
 @lru_cache(maxsize=512)
-def orthogonalisation_flops(model: ModelConfig, layer: int) -> float:
-    """FLOP that Newton-Schulz takes for every matrix of a block but the router's.
+def orthogonalisation_flops(model: ModelConfig, layer: int, expert_steps: int) -> float:
+    """FLOP that Newton-Schulz takes for every matrix of a block but the router's, `expert_steps` for experts'.
 
     A step multiplies X X^T, its square, and that with X: 4 M^2 N + 2 M^3. Queries, keys and values are matrices of
     their own, as are gate and up, and the experts.
@@ -70,5 +70,6 @@ def orthogonalisation_flops(model: ModelConfig, layer: int) -> float:
             parts = [rows // 2] * 2
         for part in parts:
             M, N = sorted((part, columns))
-            flops += math.prod(stack) * NEWTON_SCHULZ_STEPS * (4 * M * M * N + 2 * M**3)
+            steps = expert_steps if stack else NEWTON_SCHULZ_STEPS
+            flops += math.prod(stack) * steps * (4 * M * M * N + 2 * M**3)
     return flops

@@ -5,6 +5,7 @@ to the momentum moves all of them alike. Experts, which meet an eighth of the to
 """
 
 from collections import defaultdict
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -14,28 +15,26 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the odd quintic that drives singular values into about [0.7, 1.2] (Jordan et al. 2024)."""
 NEWTON_SCHULZ_STEPS = 5
 CHUNK_ELEMENTS = 1 << 19
-"""Matrices go through all five steps in chunks of 1 MiB of bfloat16, which stay in a core's second-level cache."""
+"""Matrices go through all steps in chunks of 1 MiB of bfloat16, which stay in a core's second-level cache."""
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
-    """U V^T of the singular value decomposition of each matrix, roughly: singular values end in about [0.7, 1.2].
+def orthogonalize(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
+    """U V^T of the singular value decomposition of each matrix, roughly: five steps take singular values into about
+    [0.7, 1.2], fewer leave the small ones smaller.
 
     (n, M, N) of any floating dtype, which the result keeps; a zero matrix stays zero.
     """
     a, b, c = NEWTON_SCHULZ
-    wide = matrices.shape[1] <= matrices.shape[2]
-    x = matrices if wide else matrices.mT.contiguous()
     # The Frobenius norm bounds the largest singular value, which must start at or below 1.
-    x = x / torch.linalg.matrix_norm(x.float(), keepdim=True).clamp_min(1e-7).to(x.dtype)
-    parts = list(x.split(max(1, CHUNK_ELEMENTS // x[0].numel())))
-    for i, part in enumerate(parts):
-        for _ in range(NEWTON_SCHULZ_STEPS):
-            gram = part @ part.mT
-            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-            part = torch.baddbmm(part, polynomial, part, beta=a)
-        parts[i] = part
-    x = torch.cat(parts)
-    return x if wide else x.mT
+    precise = torch.promote_types(matrices.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True, dtype=precise).clamp_min(1e-7)
+    x = matrices / norm.to(matrices.dtype)
+    tall = matrices.shape[1] > matrices.shape[2]
+    for _ in range(steps):
+        gram = x.mT @ x if tall else x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
+    return x
 
 
 class MuonAdamW(AdamW):
@@ -70,14 +69,32 @@ class MuonAdamW(AdamW):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             buffer = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-            # Nesterov: the step looks one decay ahead.
-            update = gradient.lerp(buffer, momentum).to(self.dtype)
+            # Nesterov: the step looks one decay ahead. Nobody needs the gradient any more.
+            update = gradient.lerp_(buffer, momentum)
             parameter.mul_(1 - rate * group["weight_decay"])
             for weight, matrix in zip(parameter.split(rows, -2), update.split(rows, -2), strict=True):
-                alike[weight.shape[-2:]].append((weight, matrix))
+                matrices = matrix.to(self.dtype).reshape(-1, *matrix.shape[-2:])
+                weights = weight.view(matrices.shape)
+                size = max(1, CHUNK_ELEMENTS // matrices[0].numel())
+                alike[matrices.shape[1:]] += zip(weights.split(size), matrices.split(size), strict=True)
         for shape, pairs in alike.items():
-            matrices = [matrix.reshape(-1, *shape) for _, matrix in pairs]
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
-            orthogonal = orthogonalize(torch.cat(matrices)).to(pairs[0][0].dtype)
-            for (weight, _), part in zip(pairs, orthogonal.split([len(each) for each in matrices]), strict=True):
-                weight.add_(part.reshape(weight.shape), alpha=-rate * scale)
+            for chunk in chunks(pairs):
+                matrices = [matrix for _, matrix in chunk]
+                stacked = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+                orthogonal = orthogonalize(stacked, group["ns_steps"])
+                for (weight, _), part in zip(chunk, orthogonal.split([len(m) for m in matrices]), strict=True):
+                    weight.add_(part, alpha=-rate * scale)
+
+
+def chunks(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Neighbours of CHUNK_ELEMENTS together, or one that has more."""
+    chunk, size = [], 0
+    for pair in pairs:
+        if chunk and size + pair[1].numel() > CHUNK_ELEMENTS:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(pair)
+        size += pair[1].numel()
+    if chunk:
+        yield chunk

@@ -6,7 +6,7 @@ from torch.optim import AdamW
 
 from moe_lm.config import ModelConfig, TrainConfig
 from moe_lm.model import Transformer
-from moe_lm.train.muon import MuonAdamW
+from moe_lm.train.muon import NEWTON_SCHULZ_STEPS, MuonAdamW
 
 
 def make_optimizer(model: Transformer, config: TrainConfig, dtype: torch.dtype = torch.float32) -> AdamW:
@@ -21,14 +21,14 @@ def make_optimizer(model: Transformer, config: TrainConfig, dtype: torch.dtype =
     matrices = {"weight_decay": decay, "lr_ratio": 1.0, "muon": False}
     orthogonal = {
         "weight_decay": decay, "lr_ratio": config.muon_learning_rate / config.learning_rate, "muon": True,
-        "momentum": config.muon_momentum,
+        "momentum": config.muon_momentum, "ns_steps": NEWTON_SCHULZ_STEPS,
     }  # fmt: skip
     groups: dict[str, dict] = {
         "matrices": matrices,
         "table": matrices | {"lr_ratio": config.embedding_learning_rate_ratio},
         "gains": matrices | {"weight_decay": 0.0},
         "blocks": dict(orthogonal if muon else matrices),
-        "experts": dict(orthogonal if muon else matrices),
+        "experts": orthogonal | {"ns_steps": config.expert_ns_steps} if muon else dict(matrices),
     }
     groups["experts"]["lr_ratio"] *= config.expert_learning_rate_ratio
     for name, parameter in model.named_parameters():
