@@ -13,13 +13,14 @@ from compare import assert_near
 from kernels.cpu import FLOAT_DTYPES, native_passes, torch_passes
 from kernels.cpu import passes as chosen
 from kernels.cpu.native_passes import library
+from kernels.reference import route as reference
 
 MODULES = pytest.mark.parametrize("passes", [native_passes, torch_passes], ids=["native", "torch"])
 BOTH = pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 
 
 def test_both_have_the_same_functions():
-    for name in native_passes.FUNCTIONS:
+    for name in [*native_passes.FUNCTIONS, "place"]:
         native, plain = (inspect.signature(getattr(module, name)) for module in (native_passes, torch_passes))
         assert native == plain, name
     assert native_passes.unavailable() is None
@@ -134,6 +135,50 @@ def test_softmax_sees_the_past_of_its_document(passes, dtype, shape, R, several)
     passes.softmax_backward(again, given, lse, delta, scale, first, documents)
     assert_near(again.view(true.shape), true.float().detach(), dtype, "p again")
     assert_near(given.view(true.shape), exact.grad.float(), dtype, "dscores")
+
+
+@MODULES
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("N", "E", "K"), [(1, 2, 1), (70, 16, 2), (33, 19, 5), (0, 4, 2)])
+def test_route(passes, N, E, K, biased, normalize):
+    """Against the definition, with equal logits, infinite ones and some that are no number."""
+    logits = torch.randn(N, E)
+    logits[: N // 3] = logits[: N // 3].round()
+    if N > 9:
+        logits[5, 1], logits[6, 1:], logits[7, [0, 1]] = math.nan, -math.inf, math.inf
+        logits[8] = math.nan
+    bias = torch.linspace(-0.5, 0.5, E) if biased else None
+    found, expected = (module.route(logits, K, bias, normalize) for module in (passes, reference))
+    torch.testing.assert_close(found[0], expected[0], equal_nan=True)
+    for got, want in zip(found[1:], expected[1:], strict=True):
+        assert torch.equal(got, want)
+
+
+@MODULES
+@pytest.mark.parametrize("size", [0, 2, 50])
+def test_place(passes, size):
+    """Expert 1 has no slot, expert 2 has more than two."""
+    _, experts, order, offsets = reference.route(torch.tensor([[1.0, 0, 9], [0, -1, 5], [7, 0, 6]]), 2)
+    starts, total = ([0, 8, 8], 16) if size == 0 else ([0, 0, 3 * size - size], 3 * size + 8)
+    tokens, slots, row_of_slot = passes.place(order, offsets, starts, experts.shape, size, total)
+    rows = row_of_slot.flatten()
+    assert torch.equal(slots[rows], torch.arange(6))
+    assert torch.equal(tokens[rows], torch.arange(6) // 2)
+    assert (slots < 0).sum() == (tokens < 0).sum() == total - 6
+    for e in (0, 2):
+        of_expert = order[offsets[e] : offsets[e + 1]]
+        own = [e * size + i if i < size else starts[e] + i for i in range(len(of_expert))]
+        assert rows[of_expert].tolist() == own
+
+
+@pytest.mark.parametrize(
+    ("order", "offsets"),
+    [([0, 1, 2, 9], [0, 2, 4]), ([0, 1, 2, -1], [0, 2, 4]), ([0, 1, 2, 3], [0, 2, 5]), ([0, 1, 2, 3], [0, 9, 4])],
+)
+def test_slots_that_are_not_there_are_refused(order, offsets):
+    with pytest.raises(IndexError, match="are not the 4 slots of a routing"):
+        native_passes.place(torch.tensor(order), torch.tensor(offsets), [0, 2], torch.Size([2, 2]), 2, 4)
 
 
 @MODULES

@@ -60,11 +60,8 @@ def one_by_one(
     x: Tensor, weights: Tensor, experts: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
     """Output (N, D), from a GEMM for each chosen expert: what no token chose is not read from memory."""
-    counts = offsets.diff()
-    starts, _ = padded_layout(counts.tolist())
-    shift = torch.tensor(starts[:-1]) - offsets[:-1]
-    rows_in_order = torch.arange(len(order)) + shift.repeat_interleave(counts)
-    tokens, _, row_of_slot = place(rows_in_order, order, experts.shape, starts[-1])
+    starts, _ = padded_layout(offsets.diff().tolist())
+    tokens, _, row_of_slot = passes().place(order, offsets, starts[:-1], experts.shape, 0, starts[-1])
     rows = passes().gather(x, tokens)
     y = torch.empty_like(rows)
     for e, (start, end) in enumerate(itertools.pairwise(starts)):
@@ -104,8 +101,7 @@ def expert_mlp_backward(
 
 
 def make_layout(order: Tensor, offsets: Tensor, shape: torch.Size) -> Layout:
-    counts = offsets.diff()
-    loads = counts.tolist()
+    loads = offsets.diff().tolist()
     E, size = len(loads), batch_rows(loads)
     end, starts, overflow = E * size, [], []
     for e, load in enumerate(loads):
@@ -114,13 +110,7 @@ def make_layout(order: Tensor, offsets: Tensor, shape: torch.Size) -> Layout:
             rows = bucket(load - size)
             overflow.append((e, slice(end, end + rows)))
             end += rows
-    ranks = torch.arange(len(order)) - offsets[:-1].repeat_interleave(counts)
-    first, further = (
-        torch.arange(E).mul_(size).repeat_interleave(counts),
-        torch.tensor(starts).repeat_interleave(counts),
-    )
-    rows_in_order = torch.where(ranks < size, first, further).add_(ranks)
-    return Layout(*place(rows_in_order, order, shape, end), size, overflow)
+    return Layout(*passes().place(order, offsets, starts, shape, size, end), size, overflow)
 
 
 def batch_rows(loads: list[int]) -> int:
@@ -152,12 +142,3 @@ def weight_products(grads: Tensor, rows: Tensor, layout: Layout, num_experts: in
     for e, further in layout.overflow:
         out[e].addmm_(grads[further].t(), rows[further])
     return out
-
-
-def place(rows_in_order: Tensor, order: Tensor, shape: torch.Size, total: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Token and slot of every row (total,), -1 where it is spare, and the row of every slot (N, K), int64, where the
-    slots in `order` have `rows_in_order`."""
-    slots = torch.full((total,), -1).index_copy_(0, rows_in_order, order)
-    tokens = torch.div(slots, shape[1], rounding_mode="floor")  # -1 stays -1
-    row_of_slot = torch.empty_like(order).index_copy_(0, order, rows_in_order).view(shape)
-    return tokens, slots, row_of_slot

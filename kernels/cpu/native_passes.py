@@ -18,7 +18,7 @@ from kernels.cpu.native import BuildError, build
 FUNCTIONS = {
     "cross_entropy": "pp iii", "swiglu": "pp ii", "swiglu_backward": "pppppp ii", "gather": "ppp ii",
     "combine": "pppp iii", "rms_norm": "pppppp iid", "rms_norm_backward": "ppppppp ii", "rope": "pippp iii",
-    "softmax": "pp d p", "softmax_backward": "pppp d p", "row_products": "ppp ii",
+    "softmax": "pp d p", "softmax_backward": "pppp d p", "row_products": "ppp ii", "route": "pppppp iiii",
 }  # fmt: skip
 """Arguments of each function between the dtype and the number of threads: pointers, integers, doubles."""
 TYPES = {"p": c_void_p, "i": c_int64, "d": c_double}
@@ -44,6 +44,8 @@ def library(generic: bool = False) -> ctypes.CDLL:
         function = getattr(loaded, f"moe_lm_{name}")
         function.argtypes = [c_int64, *(TYPES[each] for each in arguments if each != " "), c_int64]
         function.restype = c_double if name == "cross_entropy" else None
+    loaded.moe_lm_place.argtypes = [c_void_p] * 3 + [c_int64] * 5 + [c_void_p] * 3
+    loaded.moe_lm_place.restype = c_int64
     return loaded
 
 
@@ -102,6 +104,36 @@ def swiglu_backward(
     call("swiglu_backward", grad_act, grad_act, hidden, weights, slots, grad_hidden, grad_weights,
          grad_act.numel() // F, F)  # fmt: skip
     return grad_hidden, grad_weights
+
+
+def route(logits: Tensor, top_k: int, bias: Tensor | None, normalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What kernels.route gives of logits (N, E) and bias (E,) in float32: weights, experts, order and offsets."""
+    N, E = logits.shape
+    weights, experts = logits.new_empty(N, top_k), torch.empty(N, top_k, dtype=torch.int64)
+    order, offsets = experts.new_empty(N * top_k), experts.new_empty(E + 1)
+    given = None if bias is None else bias.contiguous()
+    call("route", logits, logits.contiguous(), given, weights, experts, order, offsets, N, E, top_k, normalize)
+    return weights, experts, order, offsets
+
+
+def place(
+    order: Tensor, offsets: Tensor, starts: list[int], shape: torch.Size, size: int, total: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Token and slot of each of `total` rows, int64, -1 where it is spare, and the row of every slot, int64 (N, K).
+
+    The slots of expert e, offsets[e] .. offsets[e + 1] of order (N * K,), have rows e * size .., those beyond the first
+    `size` of them starts[e] + size ... Raises IndexError for slots that are not there.
+    """
+    tokens, slots = torch.empty(2, total, dtype=torch.int64)
+    row_of_slot = torch.empty(shape, dtype=torch.int64)
+    given = [x.contiguous() for x in (order, offsets, torch.tensor(starts))]
+    good = library().moe_lm_place(
+        *[x.data_ptr() for x in given], len(order), len(starts), shape[1], size, total,
+        *[x.data_ptr() for x in (tokens, slots, row_of_slot)],
+    )  # fmt: skip
+    if not good:
+        raise IndexError(f"order and offsets are not the {len(order)} slots of a routing.")
+    return tokens, slots, row_of_slot
 
 
 def gather(x: Tensor, sources: Tensor) -> Tensor:

@@ -51,6 +51,31 @@ def swiglu_backward(
     return grad_hidden, grad_weights
 
 
+def route(logits: Tensor, top_k: int, bias: Tensor | None, normalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    probability = None if bias is None and normalize else torch.softmax(logits, dim=1)
+    scores = logits if bias is None else probability + bias
+    experts = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :top_k].contiguous()
+    weights = torch.softmax(logits.gather(1, experts), dim=1) if normalize else probability.gather(1, experts)
+    order = torch.sort(experts.view(-1), stable=True).indices
+    offsets = torch.zeros(logits.shape[1] + 1, dtype=torch.int64)
+    torch.cumsum(torch.bincount(experts.view(-1), minlength=logits.shape[1]), 0, out=offsets[1:])
+    return weights, experts, order, offsets
+
+
+def place(
+    order: Tensor, offsets: Tensor, starts: list[int], shape: torch.Size, size: int, total: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    counts = offsets.diff()
+    ranks = torch.arange(len(order)) - offsets[:-1].repeat_interleave(counts)
+    first = torch.arange(len(starts)).mul_(size).repeat_interleave(counts)
+    further = torch.tensor(starts).repeat_interleave(counts)
+    rows_in_order = torch.where(ranks < size, first, further).add_(ranks)
+    slots = torch.full((total,), -1).index_copy_(0, rows_in_order, order)
+    tokens = torch.div(slots, shape[1], rounding_mode="floor")  # -1 stays -1
+    row_of_slot = torch.empty_like(order).index_copy_(0, order, rows_in_order).view(shape)
+    return tokens, slots, row_of_slot
+
+
 def gather(x: Tensor, sources: Tensor) -> Tensor:
     rows = x.index_select(0, sources.clamp(min=0))
     return rows.index_fill_(0, (sources < 0).nonzero().squeeze(1), 0)

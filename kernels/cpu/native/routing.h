@@ -30,13 +30,16 @@ inline void softmax(const float* logits, int64_t experts, float* probability) {
 }
 
 // The experts with the `top` largest scores, ties to the lowest index. Always `top` different ones: a NaN is larger than
-// nothing, and the first of what is left is taken where nothing is larger.
+// nothing, or than everything if NAN_FIRST, and the first of what is left is taken where nothing is larger.
+template <bool NAN_FIRST = false>
 inline void best_of(const float* scores, int64_t experts, int64_t top, int32_t* chosen) {
   for (int64_t k = 0; k < top; k++) {
     int64_t best = -1;
     for (int64_t e = 0; e < experts; e++) {
       if (std::find(chosen, chosen + k, e) != chosen + k) continue;
-      if (best < 0 || scores[e] > scores[best] || (std::isnan(scores[best]) && !std::isnan(scores[e]))) best = e;
+      if (best < 0 || scores[e] > scores[best] ||
+          (std::isnan(scores[NAN_FIRST ? e : best]) && !std::isnan(scores[NAN_FIRST ? best : e])))
+        best = e;
     }
     chosen[k] = best;
   }
@@ -44,12 +47,13 @@ inline void best_of(const float* scores, int64_t experts, int64_t top, int32_t* 
 
 // The experts that a row goes to, by their logits or, with a bias, by probability + bias; and their weights: the softmax
 // over their logits, or theirs in the one over all experts if not `normalize`. `room` is (2, experts).
+template <bool NAN_FIRST = false>
 inline void choose(const float* logits, const float* bias, bool normalize, int64_t experts, int64_t top,
                    int32_t* chosen, float* weights, float* room) {
   float *probability = room, *scores = room + experts;
   if (bias || !normalize) softmax(logits, experts, probability);
   if (bias) std::transform(probability, probability + experts, bias, scores, std::plus<float>());
-  best_of(bias ? scores : logits, experts, top, chosen);
+  best_of<NAN_FIRST>(bias ? scores : logits, experts, top, chosen);
   if (!normalize) {
     for (int64_t k = 0; k < top; k++) weights[k] = probability[chosen[k]];
     return;

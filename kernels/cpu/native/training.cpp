@@ -11,6 +11,7 @@
 #include <limits>
 #include <vector>
 
+#include "slots.h"
 #include "vector.h"
 
 namespace {
@@ -401,9 +402,19 @@ void moe_lm_softmax_backward(int64_t half, void* scores, void* grad_p, const flo
   WITH(half, softmax_backward((T*)scores, (T*)grad_p, lse, delta, (float)scale, *block, threads))
 }
 
+void moe_lm_route(int64_t, const float* logits, const float* bias, float* weights, int64_t* experts, int64_t* order,
+                  int64_t* offsets, int64_t N, int64_t E, int64_t K, int64_t normalize, int64_t threads) {
+  route(logits, bias, normalize, N, E, K, weights, experts, order, offsets, threads);
+}
+
 void moe_lm_row_products(int64_t half, const void* a, const void* b, float* out, int64_t rows, int64_t C,
                          int64_t threads) {
   WITH(half, row_products((const T*)a, (const T*)b, out, rows, C, threads))
+}
+
+int64_t moe_lm_place(const int64_t* order, const int64_t* offsets, const int64_t* starts, int64_t count, int64_t E,
+                     int64_t K, int64_t size, int64_t total, int64_t* tokens, int64_t* slots, int64_t* row_of_slot) {
+  return place(order, offsets, starts, count, E, K, size, total, tokens, slots, row_of_slot);
 }
 
 }  // extern "C"
