@@ -3,7 +3,10 @@
 import dataclasses
 import itertools
 import json
+import re
+import shlex
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from moe_lm.train import NotFinite, Trainer
 from moe_lm.train.evaluate import Evaluation
 
 pytestmark = pytest.mark.usefixtures("one_process", "one_thread")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def silent(line):
@@ -260,6 +264,23 @@ def test_the_whole_comparison(files, capsys, monkeypatch):
     monkeypatch.setattr(arms, "Trainer", None)
     bench(words)
     assert capsys.readouterr().out.split("mix: ", 1)[1] == first.out.split("mix: ", 1)[1]
+
+
+COMMANDS = re.findall(
+    r"^python -m moe_lm\.bench moe-vs-dense (.*)$", (ROOT / "docs" / "training.md").read_text("utf-8"), re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=range(len(COMMANDS)))
+def test_the_documented_comparisons_are_read_as_meant(command, tmp_path, monkeypatch):
+    """They take an hour to run; here they come to the point where the data are prepared."""
+    monkeypatch.setattr(moe_vs_dense, "prepare_data", lambda *args, **options: None)
+    began = []
+    monkeypatch.setattr(moe_vs_dense.Comparison, "run", lambda self: began.append(self.args))
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    moe_vs_dense.main(shlex.split(command))
+    assert began[0].minutes == 10
 
 
 def test_a_setting_is_one_of_both(files, data, monkeypatch):

@@ -30,7 +30,7 @@ from moe_lm.scaling.training import step_time
 
 BATCHES = (1, 16)
 """Requests that decode together."""
-DECODES = 3
+DECODES = 10
 """Times that each batch decodes in a turn; the fastest counts."""
 PROMPT, OUTPUT = 32, 96
 """Tokens of each request."""
