@@ -90,6 +90,12 @@ def test_a_bias_of_another_dtype_is_left_to_the_reference():
     assert (said["cpu"], said["reference"]) == ("adds float32 biases only, not torch.bfloat16", "chosen")
 
 
+def test_more_choices_than_experts_are_refused():
+    for top_k in (0, 5):
+        with pytest.raises(ValueError, match=f"top_k = {top_k} must be 1 to 4, the number of experts"):
+            kernels.route(torch.randn(3, 4), top_k)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_routing_bookkeeping(data):

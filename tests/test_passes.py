@@ -174,7 +174,13 @@ def test_place(passes, size):
 
 @pytest.mark.parametrize(
     ("order", "offsets"),
-    [([0, 1, 2, 9], [0, 2, 4]), ([0, 1, 2, -1], [0, 2, 4]), ([0, 1, 2, 3], [0, 2, 5]), ([0, 1, 2, 3], [0, 9, 4])],
+    [
+        ([0, 1, 2, 9], [0, 2, 4]),
+        ([0, 1, 2, -1], [0, 2, 4]),
+        ([0, 1, 2, 3], [0, 2, 5]),
+        ([0, 1, 2, 3], [0, 9, 4]),
+        ([0, 1, 2, 3], [0, -9, 4]),
+    ],
 )
 def test_slots_that_are_not_there_are_refused(order, offsets):
     with pytest.raises(IndexError, match="are not the 4 slots of a routing"):

@@ -17,4 +17,6 @@ def unsupported(logits: Tensor, top_k: int, bias: Tensor | None = None, normaliz
 def route(
     logits: Tensor, top_k: int, bias: Tensor | None = None, normalize: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not 0 < top_k <= logits.shape[1]:
+        raise ValueError(f"top_k = {top_k} must be 1 to {logits.shape[1]}, the number of experts.")
     return passes().route(logits, top_k, bias, normalize)

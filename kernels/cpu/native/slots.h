@@ -39,7 +39,7 @@ inline bool place(const int64_t* order, const int64_t* offsets, const int64_t* s
   for (int64_t e = 0; e < E; e++)
     for (int64_t i = offsets[e]; i < offsets[e + 1]; i++) {
       const int64_t rank = i - offsets[e], row = (rank < size ? e * size : starts[e]) + rank;
-      if (i >= count || row >= total || order[i] < 0 || order[i] >= count) return false;
+      if (i < 0 || i >= count || row >= total || order[i] < 0 || order[i] >= count) return false;
       tokens[row] = order[i] / K;
       slots[row] = order[i];
       row_of_slot[order[i]] = row;
