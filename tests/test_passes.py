@@ -210,7 +210,8 @@ def test_the_portable_library_computes_the_same(monkeypatch):
         angle = inputs["angle"]
         return [
             torch.tensor(loss), logits, native_passes.swiglu(hidden), *native_passes.swiglu_backward(grad, hidden)[:1],
-            out, inverse, native_passes.rope(x.view(N, 2, D // 2), angle.cos(), angle.sin()),
+            native_passes.route(inputs["logits"], 2, None, False)[0], out, inverse,
+            native_passes.rope(x.view(N, 2, D // 2), angle.cos(), angle.sin()),
         ]  # fmt: skip
 
     for dtype in FLOAT_DTYPES:

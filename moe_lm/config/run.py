@@ -95,8 +95,8 @@ class TrainConfig:
     muon_momentum: float = 0.95
     """Muon's decay of the momentum."""
     expert_ns_steps: int = 5
-    """Muon's steps of Newton and Schulz for the routed experts: fewer cost less and leave updates less orthogonal. Nano
-    learns as well with 3."""
+    """Muon's steps of Newton and Schulz (`ns_steps` of torch.optim.Muon) for the routed experts; other matrices take 5.
+    Fewer cost less and leave updates less orthogonal. Nano learns as well with 3."""
     zero_init_residual: bool = True
     """Start what writes to the residual stream (attention output, MLP down projection) at zero, so that every block
     begins as the identity (Fixup, Zhang et al. 2019)."""

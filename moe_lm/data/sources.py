@@ -23,6 +23,8 @@ ROW_FORMATS = {
 """Files of rows, read with the `datasets` library, by how their name ends."""
 PIECES_PER_FILE = 100
 SMALLEST_PIECE, LARGEST_PIECE = 2_000, 50_000
+LARGEST_MODULE = 200_000
+"""Bytes of an installed module; what is larger is a table or was written by a program."""
 
 
 @dataclass(frozen=True)
@@ -94,39 +96,6 @@ class StandardLibrary(Source):
         return [self.name, sys.version, file_stamps(self.root, files)]
 
 
-class Packages(Source):
-    """`python:packages`: the Python files of the packages that are installed beside this interpreter, as they are.
-
-    Some 200 MB where this project is installed with its extras. Directories of tests are left out, as are files of more
-    than 200 kB, which are tables or written by programs.
-    """
-
-    LARGEST = 200_000
-
-    def __init__(self):
-        super().__init__("python:packages")
-        self.root = stdlib.packages_root()
-        files = (self.root / relative for relative in stdlib.stdlib_files(self.root, (".py",)))
-        self.files = [file for file in files if file.stat().st_size <= self.LARGEST]
-        require(
-            bool(self.files),
-            f"{self.name} finds no Python files in {self.root}: install packages there, or name a directory or a hub "
-            "dataset in data.sources.",
-        )
-
-    def __iter__(self) -> Iterator[Document]:
-        self.skipped = 0
-        for file in self.files:
-            text = read_text(file)
-            if text is None:
-                self.skipped += 1
-            elif text.strip():
-                yield Document(text, file.relative_to(self.root).as_posix())
-
-    def identity(self) -> list[Any]:
-        return [self.name, file_stamps(self.root, self.files)]
-
-
 class Rows(Source):
     """Rows of a dataset, opened by `datasets.load_dataset` with `arguments`; the text is in column `text_field`."""
 
@@ -188,11 +157,12 @@ class LocalFiles(Source):
     2,000 to 50,000 characters, so that some can be held out. Hidden files and directories are passed over.
     """
 
-    def __init__(self, path: Path, text_field: str):
-        super().__init__(str(path))
+    def __init__(self, path: Path, text_field: str, name: str | None = None, files: list[Path] | None = None):
+        """`files` are those of the directory to be read, all of them if not given."""
+        super().__init__(name or str(path))
         self.root = path
         self.text_files, by_format = [], {}
-        for file in walk(path):
+        for file in walk(path) if files is None else files:
             kind = row_format(file)
             (self.text_files if kind is None else by_format.setdefault(kind, [])).append(file)
         self.rows = [
@@ -217,7 +187,7 @@ class LocalFiles(Source):
                 self.skipped += 1
             elif file == self.root:
                 yield from (Document(piece, content_key(piece)) for piece in cut_text(text))
-            else:
+            elif text.strip():
                 yield Document(text, file.relative_to(self.root).as_posix())
         for rows in self.rows:
             yield from rows
@@ -237,7 +207,7 @@ def open_source(source: SourceConfig) -> Source:
     """
     path, opened = Path(source.path).expanduser(), None
     if source.path == "python:packages":
-        opened = Packages()
+        opened = installed_packages()
     elif source.path.startswith("python:"):
         opened = StandardLibrary(source.path.removeprefix("python:"))
     elif path.exists():
@@ -259,6 +229,23 @@ def open_source(source: SourceConfig) -> Source:
     stamps = [source.name, source.split]
     options = {"split": source.split, "streaming": source.streaming}
     return Rows(source.path, source.text_field, stamps, source.path, source.name, **options)
+
+
+def installed_packages() -> LocalFiles:
+    """The Python files of the packages that are installed beside this interpreter, as they are.
+
+    Some 200 MB where this project is installed with its extras. Directories of tests are left out, as are files of more
+    than LARGEST_MODULE bytes. Raises ConfigError where there are none.
+    """
+    root = stdlib.packages_root()
+    files = [root / relative for relative in stdlib.stdlib_files(root, (".py",))]
+    files = [file for file in files if file.stat().st_size <= LARGEST_MODULE]
+    require(
+        bool(files),
+        f"data source python:packages finds no Python files in {root}: install packages there, or name a directory or "
+        "a hub dataset in data.sources.",
+    )
+    return LocalFiles(root, "text", "python:packages", files)
 
 
 def looks_like_path(path: str) -> bool:

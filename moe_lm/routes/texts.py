@@ -30,8 +30,8 @@ class Token(NamedTuple):
 def documents(names: Iterable[str]) -> Iterator[tuple[str, TextIO]]:
     """The texts of the names, opened in order, each under the name that tells its language.
 
-    A name is a file, `-` for standard input, or `python:code` or `python:prose` for the documents of the interpreter's
-    standard library that training holds out by default. Raises ConfigError for a file that cannot be read.
+    A name is a file, `-` for standard input, or `python:code`, `python:prose` or `python:packages` for the documents of
+    the interpreter's libraries that training holds out by default. Raises ConfigError for a file that cannot be read.
     """
     for name in names:
         if name == "-":

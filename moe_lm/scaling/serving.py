@@ -90,13 +90,13 @@ def step(model: ModelConfig, plan: ServingPlan, machine: Machine, batch: float, 
         reached = reached._replace(launch=reached.launch * CALLS.wait)
     machine = Machine(machine.sheet, reached)
     if reached.cached > 1:  # the next step reads what this one does, or nearly that
-        alone = passing(model, plan, machine, batch, tokens, context, outputs, engine)
-        machine = machine.reading(alone.weight_bytes)
-    return passing(model, plan, machine, batch, tokens, context, outputs, engine)
+        first = one_pass(model, plan, machine, batch, tokens, context, outputs, engine)
+        machine = machine.reading(first.weight_bytes)
+    return one_pass(model, plan, machine, batch, tokens, context, outputs, engine)
 
 
-def passing(model: ModelConfig, plan: ServingPlan, machine: Machine, batch: float, tokens: float, context: float,
-            outputs: float, engine: Engine) -> Step:  # fmt: skip
+def one_pass(model: ModelConfig, plan: ServingPlan, machine: Machine, batch: float, tokens: float, context: float,
+             outputs: float, engine: Engine) -> Step:  # fmt: skip
     """`step` on a machine whose rates are those of serving."""
     layout = pipeline(model, plan.tp, plan.pp, plan.ep)
     local = max(1.0, batch / plan.ep)  # the busiest rank has a sequence, even where others have none
