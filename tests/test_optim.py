@@ -195,6 +195,31 @@ def test_three_steps_are_torchs_muon_on_every_matrix_alone():
             torch.testing.assert_close(matrix, copy, rtol=0, atol=2e-3, msg=name)
 
 
+def test_experts_take_every_second_step_twice_as_far():
+    """Of the momentum of all steps; the other matrices take each."""
+    config = TrainConfig(optimizer="muon", weight_decay=0.5, muon_momentum=0.8, expert_muon_every=2)
+    model = Transformer(MODEL).reset_parameters()
+    optimizer = make_optimizer(model, config)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.02
+    expert, other = model.layers[0].mlp.experts.down_proj, model.layers[0].self_attn.o_proj.weight
+    momentum = torch.zeros_like(expert)
+    for step in range(1, 5):
+        before = {p: p.detach().clone() for p in (expert, other)}
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        gradient = expert.grad.clone()
+        momentum = momentum.lerp(gradient, 0.2)
+        optimizer.step()
+        assert not torch.equal(other, before[other])
+        expected = before[expert]
+        if step % 2 == 0:
+            scale = max(1.0, expert.shape[1] / expert.shape[2]) ** 0.5
+            update = orthogonalize(gradient.lerp(momentum, 0.8))
+            expected = (1 - 0.04 * 0.5) * expected - 0.04 * scale * update
+        torch.testing.assert_close(expert, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_expert_is_updated_as_if_it_were_alone(dtype):
     """And one that met no token stays where it is but for its decay: zero is not blown up to an orthogonal matrix."""
@@ -270,7 +295,7 @@ def test_muon_reads_no_value_back():
     """On a GPU it would wait for one; fake tensors refuse to give any."""
     with FakeTensorMode(), torch.no_grad():
         weight = torch.nn.Parameter(torch.empty(4, 48, 16))
-        group = {"params": [weight], "rows": [[24, 24]], "muon": True, "momentum": 0.9, "ns_steps": 5}
+        group = {"params": [weight], "rows": [[24, 24]], "muon": True, "momentum": 0.9, "ns_steps": 5, "every": 1}
         group["weight_decay"] = 0.1
         optimizer = MuonAdamW([group], torch.bfloat16, lr=0.01)
         weight.grad = torch.empty_like(weight)

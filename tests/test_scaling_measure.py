@@ -139,7 +139,8 @@ def test_a_processors_trainer_rounds_its_weights_in_every_step():
         for dtype in ("bfloat16", "float32")
     )
     products = 4e11 * found_rate(here), 2e11 * found_rate(here)
-    orthogonal = sum(orthogonalisation_flops(run.model, layer, run.train.expert_ns_steps) for layer in range(3))
+    steps = run.train.expert_ns_steps / run.train.expert_muon_every
+    orthogonal = sum(orthogonalisation_flops(run.model, layer, steps) for layer in range(3))
     in_halves -= orthogonal / products[0]
     whole -= orthogonal / products[1]
     assert in_halves - whole == pytest.approx(12 * weights / 5e9, rel=0.01)

@@ -25,10 +25,10 @@ TRAIN = TrainConfig(
 )  # fmt: skip
 EVERYTHING = {
     "micro_batch_tokens": 96, "batch_tokens_start": 64, "batch_ramp_steps": 12, "router_jitter_noise": 0.1,
-    "log_every": 2, "dtype": "bfloat16", "optimizer": "muon",
+    "log_every": 2, "dtype": "bfloat16", "optimizer": "muon", "expert_muon_every": 2,
 }  # fmt: skip
 """Settings under which a resume has most to get right: micro-batches, a ramp, random numbers, steps without a line,
-two rules of update."""
+two rules of update, one of them with steps left out."""
 MEASURED = ("tokens_per_s", "mfu")
 """What differs from run to run in a line of metrics.jsonl."""
 

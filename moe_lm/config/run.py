@@ -97,6 +97,9 @@ class TrainConfig:
     expert_ns_steps: int = 5
     """Muon's steps of Newton and Schulz (`ns_steps` of torch.optim.Muon) for the routed experts; other matrices take 5.
     Fewer cost less and leave updates less orthogonal. Nano learns as well with 3."""
+    expert_muon_every: int = 1
+    """Optimizer steps from one of Muon's to the next for the routed experts, each as long as so many; their momentum is
+    kept at every step. It changes slowly, and most of Muon's time is the experts'."""
     zero_init_residual: bool = True
     """Start what writes to the residual stream (attention output, MLP down projection) at zero, so that every block
     begins as the identity (Fixup, Zhang et al. 2019)."""
@@ -150,7 +153,15 @@ class TrainConfig:
     """Also write the metrics for TensorBoard into the run directory (needs the `tensorboard` package)."""
 
     def __post_init__(self):
-        require_positive(self, "steps", "batch_tokens", "micro_batch_tokens", "expert_ns_steps", section="train.")
+        require_positive(
+            self,
+            "steps",
+            "batch_tokens",
+            "micro_batch_tokens",
+            "expert_ns_steps",
+            "expert_muon_every",
+            section="train.",
+        )
         require_positive(self, "learning_rate", "muon_learning_rate", "adam_eps", section="train.")
         require_positive(self, "embedding_learning_rate_ratio", "expert_learning_rate_ratio", section="train.")
         require_positive(self, "eval_every", "eval_tokens", "log_every", section="train.")

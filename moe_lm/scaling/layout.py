@@ -30,8 +30,8 @@ class Layout:
     """Forwards that a replica's stage makes per optimizer step."""
     optimizer: str = "adamw"
     """train.optimizer"""
-    expert_ns_steps: int = 5
-    """train.expert_ns_steps"""
+    expert_ns_steps: float = 5
+    """Muon's iterations for an expert, in the mean of the optimizer's steps."""
 
     @property
     def micro_tokens(self) -> int:
@@ -82,7 +82,7 @@ def settle(run: RunConfig) -> Layout:
     """The layout that [plan] asks for. Raises ConfigError where sizes do not divide each other."""
     train = run.train
     laid = lay(run.model, run.plan, run.data.sequence_length, train.batch_tokens, train.optimizer)
-    return replace(laid, expert_ns_steps=train.expert_ns_steps)
+    return replace(laid, expert_ns_steps=train.expert_ns_steps / train.expert_muon_every)
 
 
 def lay(

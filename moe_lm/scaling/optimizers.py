@@ -50,7 +50,7 @@ def optimizer_seconds(
 
 
 @lru_cache(maxsize=512)
-def orthogonalisation_flops(model: ModelConfig, layer: int, expert_steps: int) -> float:
+def orthogonalisation_flops(model: ModelConfig, layer: int, expert_steps: float) -> float:
     """FLOP that Newton-Schulz takes for every matrix of a block but the router's, `expert_steps` for experts'.
 
     A step multiplies X X^T, its square, and that with X: 4 M^2 N + 2 M^3. Queries, keys and values are matrices of

@@ -78,6 +78,7 @@ class Trainer:
         require(here == saved, f"train.optimizer = {here} is not the {saved} of the saved run: resume with that.")
         self.loader.load_state_dict(progress["loader"])
         self.step, self.tokens, self.seconds = progress["step"], progress["tokens"], progress["seconds"]
+        self.optimizer.steps = self.step
         if "starvation" in progress:  # which checkpoints of older versions lack
             self.starvation.load_state(progress["starvation"])
         if progress["evaluation"] is not None:

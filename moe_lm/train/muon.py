@@ -15,7 +15,9 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the odd quintic that drives singular values into about [0.7, 1.2] (Jordan et al. 2024)."""
 NEWTON_SCHULZ_STEPS = 5
 CHUNK_ELEMENTS = 1 << 19
-"""Matrices go through all steps in chunks of 1 MiB of bfloat16, which stay in a core's second-level cache."""
+"""Matrices go through a whole step in chunks of 1 MiB of bfloat16, which stay in a core's second-level cache."""
+Stack = tuple[Tensor, Tensor, Tensor]
+"""Weights, gradients and momenta of matrices of one shape, views (n, M, N) of one parameter each."""
 
 
 def orthogonalize(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
@@ -50,51 +52,69 @@ class MuonAdamW(AdamW):
     def __init__(self, groups: list[dict], dtype: torch.dtype = torch.float32, **adamw):
         super().__init__(groups, fused=True, **adamw)
         self.dtype = dtype
+        self.steps = 0
+        """Taken so far; a run that is taken up sets it."""
 
     @torch.no_grad()
     def step(self) -> None:
+        self.steps += 1
         for group in self.param_groups:
             if group["muon"]:
                 self.muon_step(group)
         super().step()
 
     def muon_step(self, group: dict) -> None:
-        rate, momentum = group["lr"], group["momentum"]
-        alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        rate, momentum, decay = group["every"] * group["lr"], group["momentum"], group["weight_decay"]
+        due = self.steps % group["every"] == 0
+        for shape, stacks in self.stacks(group).items():
+            scale = max(1.0, shape[0] / shape[1]) ** 0.5
+            for chunk in chunks(stacks):
+                for _, gradients, buffers in chunk:
+                    buffers.lerp_(gradients, 1 - momentum)
+                if not due:
+                    continue
+                # Nesterov: the step looks one decay ahead.
+                updates = [torch.lerp(gradients, buffers, momentum).to(self.dtype) for _, gradients, buffers in chunk]
+                orthogonal = orthogonalize(updates[0] if len(updates) == 1 else torch.cat(updates), group["ns_steps"])
+                for (weights, *_), part in zip(chunk, orthogonal.split([len(each) for each in updates]), strict=True):
+                    weights.mul_(1 - rate * decay).add_(part, alpha=-rate * scale)
+
+    def stacks(self, group: dict) -> dict[torch.Size, list[Stack]]:
+        """The group's matrices by their shape, in stacks of at most CHUNK_ELEMENTS, or of one that has more.
+
+        It takes the gradients away, so that AdamW passes over these parameters.
+        """
+        alike: dict[torch.Size, list[Stack]] = defaultdict(list)
         for parameter, rows in zip(group["params"], group["rows"], strict=True):
-            gradient, parameter.grad = parameter.grad, None  # AdamW passes over parameters without one
+            gradient, parameter.grad = parameter.grad, None
             if gradient is None:
                 continue
             state = self.state[parameter]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-            buffer = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-            # Nesterov: the step looks one decay ahead. Nobody needs the gradient any more.
-            update = gradient.lerp_(buffer, momentum)
-            parameter.mul_(1 - rate * group["weight_decay"])
-            for weight, matrix in zip(parameter.split(rows, -2), update.split(rows, -2), strict=True):
-                matrices = matrix.to(self.dtype).reshape(-1, *matrix.shape[-2:])
-                weights = weight.view(matrices.shape)
-                size = max(1, CHUNK_ELEMENTS // matrices[0].numel())
-                alike[matrices.shape[1:]] += zip(weights.split(size), matrices.split(size), strict=True)
-        for shape, pairs in alike.items():
-            scale = max(1.0, shape[0] / shape[1]) ** 0.5
-            for chunk in chunks(pairs):
-                matrices = [matrix for _, matrix in chunk]
-                stacked = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
-                orthogonal = orthogonalize(stacked, group["ns_steps"])
-                for (weight, _), part in zip(chunk, orthogonal.split([len(m) for m in matrices]), strict=True):
-                    weight.add_(part, alpha=-rate * scale)
+            tensors = parameter, gradient, state["momentum_buffer"]
+            for stack in zip(*[matrices(tensor, rows) for tensor in tensors], strict=True):
+                size = max(1, CHUNK_ELEMENTS // stack[0][0].numel())
+                alike[stack[0].shape[1:]] += zip(*[each.split(size) for each in stack], strict=True)
+        return alike
 
 
-def chunks(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+def matrices(tensor: Tensor, rows: list[int]) -> list[Tensor]:
+    """The matrices that `tensor`, (sum of rows, N) or (n, sum of rows, N), is made of, as views (n, M, N)."""
+    if len(set(rows)) == 1:
+        return [tensor.view(-1, rows[0], tensor.shape[-1])]
+    return [part.view(-1, *part.shape[-2:]) for part in tensor.split(rows, -2)]
+
+
+def chunks(stacks: list[Stack]) -> Iterator[list[Stack]]:
     """Neighbours of CHUNK_ELEMENTS together, or one that has more."""
     chunk, size = [], 0
-    for pair in pairs:
-        if chunk and size + pair[1].numel() > CHUNK_ELEMENTS:
+    for stack in stacks:
+        elements = stack[0].numel()
+        if chunk and size + elements > CHUNK_ELEMENTS:
             yield chunk
             chunk, size = [], 0
-        chunk.append(pair)
-        size += pair[1].numel()
+        chunk.append(stack)
+        size += elements
     if chunk:
         yield chunk

@@ -21,14 +21,15 @@ def make_optimizer(model: Transformer, config: TrainConfig, dtype: torch.dtype =
     matrices = {"weight_decay": decay, "lr_ratio": 1.0, "muon": False}
     orthogonal = {
         "weight_decay": decay, "lr_ratio": config.muon_learning_rate / config.learning_rate, "muon": True,
-        "momentum": config.muon_momentum, "ns_steps": NEWTON_SCHULZ_STEPS,
+        "momentum": config.muon_momentum, "ns_steps": NEWTON_SCHULZ_STEPS, "every": 1,
     }  # fmt: skip
+    of_experts = {"ns_steps": config.expert_ns_steps, "every": config.expert_muon_every}
     groups: dict[str, dict] = {
         "matrices": matrices,
         "table": matrices | {"lr_ratio": config.embedding_learning_rate_ratio},
         "gains": matrices | {"weight_decay": 0.0},
         "blocks": dict(orthogonal if muon else matrices),
-        "experts": orthogonal | {"ns_steps": config.expert_ns_steps} if muon else dict(matrices),
+        "experts": orthogonal | of_experts if muon else dict(matrices),
     }
     groups["experts"]["lr_ratio"] *= config.expert_learning_rate_ratio
     for name, parameter in model.named_parameters():
