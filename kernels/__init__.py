@@ -16,8 +16,8 @@ from kernels.registry import explain, select, use_backend
 
 __version__ = "0.1.0"
 __all__ = [
-    "Routing", "attention", "cross_entropy", "expert_mlp", "explain", "grouped_gemm", "paged_attention", "rms_norm",
-    "rope", "rope_append", "route", "select", "use_backend",
+    "RouterStatistics", "Routing", "attention", "cross_entropy", "expert_mlp", "explain", "gate", "grouped_gemm",
+    "paged_attention", "rms_norm", "rope", "rope_append", "route", "router_statistics", "select", "use_backend",
 ]  # fmt: skip
 
 
@@ -35,6 +35,19 @@ class Routing(NamedTuple):
     """(N * K,) int64, slots sorted by expert, in slot order within an expert."""
     offsets: Tensor
     """(E + 1,) int64, expert e owns order[offsets[e] : offsets[e + 1]]."""
+
+
+class RouterStatistics(NamedTuple):
+    """Of the router's distributions over all experts, each the softmax of a token's logits; float32."""
+
+    probability: Tensor
+    """(rows, E), every expert's mean over a part of the tokens, differentiable."""
+    z: Tensor
+    """Mean of (log sum exp logits)^2 (ST-MoE, eq. 5), a differentiable scalar."""
+    entropy: Tensor
+    """Mean entropy, in nats: 0 to log E."""
+    confidence: Tensor
+    """Mean of the largest probability: 1 / E to 1."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -72,6 +85,14 @@ def rope_append(
     return registry.call("rope_append", q, k, v, cos, sin, k_pages, v_pages, slots, k_scales, v_scales)
 
 
+def gate(x: Tensor, weight: Tensor) -> Tensor:
+    """A router's logits, summed in float32: rounding them flips choices (Switch Transformer, section 2.4).
+
+    x (N, D), weight (E, D) float32 -> (N, E) float32.
+    """
+    return registry.call("gate", x, weight)
+
+
 def route(logits: Tensor, top_k: int, bias: Tensor | None = None, normalize: bool = True) -> Routing:
     """Choose `top_k` experts per token and sort the slots by expert. Dropless.
 
@@ -83,6 +104,14 @@ def route(logits: Tensor, top_k: int, bias: Tensor | None = None, normalize: boo
     logits (N, E) float32, bias (E,) float32 -> Routing. The gradient flows through `weights`, to the logits alone.
     """
     return Routing(*registry.call("route", logits, top_k, bias, normalize))
+
+
+def router_statistics(logits: Tensor, rows: int = 1) -> RouterStatistics:
+    """What a router is charged for and watched by: logits (N, E) float32, N a multiple of `rows`.
+
+    The mean probabilities are those of `rows` equal parts of the tokens, one after the other.
+    """
+    return RouterStatistics(*registry.call("router_statistics", logits, rows))
 
 
 def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

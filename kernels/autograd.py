@@ -116,6 +116,37 @@ def _(q, k, v, cos, sin, k_pages, v_pages, slots, k_scales, v_scales):
     return q.new_empty(q.shape)
 
 
+@library.custom_op("moe_kernels::gate", mutates_args=())
+def gate(x: Tensor, weight: Tensor) -> Tensor:
+    return implementation("gate", x, weight).gate(x, weight)
+
+
+@gate.register_fake
+def _(x, weight):
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
+
+
+@library.custom_op("moe_kernels::gate_backward", mutates_args=())
+def gate_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return implementation("gate", x, weight).gate_backward(grad, x, weight)
+
+
+@gate_backward.register_fake
+def _(grad, x, weight):
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _gate_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _gate_backward(ctx, grad):
+    return gate_backward(grad, *ctx.saved_tensors)
+
+
+gate.register_autograd(_gate_backward, setup_context=_gate_setup)
+
+
 @library.custom_op("moe_kernels::route", mutates_args=())
 def route(logits: Tensor, top_k: int, bias: Tensor | None, normalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return implementation("route", logits, top_k, bias, normalize).route(logits, top_k, bias, normalize)
@@ -158,6 +189,39 @@ def _route_backward(ctx, grad_weights, *_):
 
 
 route.register_autograd(_route_backward, setup_context=_route_setup)
+
+
+@library.custom_op("moe_kernels::router_statistics", mutates_args=())
+def router_statistics(logits: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return implementation("router_statistics", logits, rows).router_statistics(logits, rows)
+
+
+@router_statistics.register_fake
+def _(logits, rows):
+    return logits.new_empty(rows, logits.shape[1]), *[logits.new_empty(()) for _ in range(3)]
+
+
+@library.custom_op("moe_kernels::router_statistics_backward", mutates_args=())
+def router_statistics_backward(logits: Tensor, grad_probability: Tensor, grad_z: Tensor) -> Tensor:
+    module = implementation("router_statistics", logits, len(grad_probability))
+    return module.router_statistics_backward(logits, grad_probability, grad_z)
+
+
+@router_statistics_backward.register_fake
+def _(logits, grad_probability, grad_z):
+    return torch.empty_like(logits)
+
+
+def _router_statistics_setup(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0])
+    ctx.mark_non_differentiable(*output[2:])
+
+
+def _router_statistics_backward(ctx, grad_probability, grad_z, *_):
+    return router_statistics_backward(*ctx.saved_tensors, grad_probability, grad_z), None
+
+
+router_statistics.register_autograd(_router_statistics_backward, setup_context=_router_statistics_setup)
 
 
 @library.custom_op("moe_kernels::grouped_gemm", mutates_args=())

@@ -115,6 +115,45 @@ def test_routing_bookkeeping(data):
         assert routing.experts[n].tolist() == sorted(range(E), key=lambda e: (-logits[n, e].item(), e))[:K]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "D", "E"), [(1, 1, 1), (13, 40, 5), (200, 64, 16), (3000, 33, 20)])
+def test_gate(N, D, E, dtype):
+    check(kernels.gate, {"x": torch.randn(N, D), "weight": torch.randn(E, D)}, dtype, wide=("weight",))
+
+
+def test_the_router_sums_in_float32():
+    """1 + 1 / 1024 of bfloat16 tokens, which bfloat16 would round to 1; and a weight of that size."""
+    x = torch.tensor([[1.0, 2.0**-10, 1.0]]).bfloat16()
+    weight = torch.tensor([[1.0, 1.0, 2.0**-12]])
+    for backend in ("cpu", "reference"):
+        with use_backend(backend):
+            assert kernels.gate(x, weight).item() == 1 + 2**-10 + 2**-12
+
+
+@pytest.mark.parametrize(("N", "E", "rows"), [(1, 1, 1), (1, 16, 1), (60, 5, 3), (64, 40, 4), (700, 16, 1)])
+def test_router_statistics(N, E, rows):
+    def op(logits):
+        found = kernels.router_statistics(logits, rows)
+        assert not any(each.requires_grad for each in (found.entropy, found.confidence))
+        values.append(torch.stack([found.entropy, found.confidence]).detach())
+        return found.probability, found.z
+
+    values = []
+    check(op, {"logits": torch.randn(N, E) * 3}, torch.float32, floor=1e-4)
+    got, true, _ = values
+    torch.testing.assert_close(got, true)
+
+
+def test_a_logit_of_no_number_shows_in_every_statistic():
+    logits = torch.randn(6, 4)
+    logits[3, 2] = math.nan
+    for backend in ("cpu", "reference"):
+        with use_backend(backend):
+            found = kernels.router_statistics(logits, 3)
+        assert found.probability.isnan().all(1).tolist() == [False, True, False]
+        assert all(each.isnan() for each in found[1:])
+
+
 def make_routing(kind: str, N: int, E: int, K: int) -> Routing:
     logits = torch.randn(N, E)
     if kind == "one expert":

@@ -16,7 +16,7 @@ from moe_lm.config import ModelConfig, RopeScaling
 from moe_lm.model import Transformer
 from moe_lm.model.attention import whole_rows
 from moe_lm.model.layers import rotary_angles
-from moe_lm.model.moe import MoE, Routed, load_balancing_loss, router_entropy, router_z_loss
+from moe_lm.model.moe import MoE, Routed, load_balancing_loss
 
 SHAPES = {
     "mixture": {},
@@ -159,17 +159,32 @@ def test_router_losses_are_their_formulas(N, E, K):
     for row in tokens:
         z += math.log(sum(row)) ** 2 / N
         entropy -= sum(p / sum(row) * math.log(p / sum(row)) for p in row) / N
-    assert load_balancing_loss(case).item() == pytest.approx(balance, rel=1e-5)
-    assert router_z_loss(case).item() == pytest.approx(z, rel=1e-5)
-    assert router_entropy(case).item() == pytest.approx(entropy, rel=1e-5)
+    found = kernels.router_statistics(case.logits)
+    assert load_balancing_loss(found.probability, case.routing.experts).item() == pytest.approx(balance, rel=1e-5)
+    assert found.z.item() == pytest.approx(z, rel=1e-5)
+    assert found.entropy.item() == pytest.approx(entropy, rel=1e-5)
+    assert found.confidence.item() == pytest.approx(case.logits.softmax(1).amax(1).mean().item(), rel=1e-5)
+
+
+def balance_loss(logits: torch.Tensor, rows: int = 1) -> float:
+    probability = kernels.router_statistics(logits, rows).probability
+    return load_balancing_loss(probability, kernels.route(logits, 1).experts).item()
 
 
 def test_load_balancing_loss_is_one_at_balance_and_the_number_of_experts_at_collapse():
     even = torch.full((8, 8), 0.0).fill_diagonal_(1e-6)
-    assert load_balancing_loss(Routed(even, kernels.route(even, 1))).item() == pytest.approx(1, rel=1e-4)
+    assert balance_loss(even) == pytest.approx(1, rel=1e-4)
     one = torch.zeros(8, 8)
     one[:, 3] = 50.0
-    assert load_balancing_loss(Routed(one, kernels.route(one, 1))).item() == pytest.approx(8, rel=1e-4)
+    assert balance_loss(one) == pytest.approx(8, rel=1e-4)
+
+
+def test_a_loss_per_sequence_sees_what_a_batch_evens_out():
+    """Two rows that each go to an expert of their own: even as a batch, as uneven as can be by themselves."""
+    logits = torch.zeros(8, 2)
+    logits[:4, 0] = logits[4:, 1] = 50
+    assert balance_loss(logits) == pytest.approx(1)
+    assert balance_loss(logits, 2) == pytest.approx(2)
 
 
 def test_router_losses_are_means_over_layers_weighted_by_the_config():
@@ -178,8 +193,10 @@ def test_router_losses_are_means_over_layers_weighted_by_the_config():
     losses = model.losses(*batch)
     _, layers = model.hidden_states(batch[0], batch[2], whole_rows(batch[3]))
     assert len(layers) == 3
-    assert_close(losses.aux, sum(map(load_balancing_loss, layers)) / 3)
-    assert_close(losses.z, sum(map(router_z_loss, layers)) / 3)
+    found = [kernels.router_statistics(layer.logits) for layer in layers]
+    balances = [load_balancing_loss(f.probability, r.routing.experts) for f, r in zip(found, layers, strict=True)]
+    assert_close(losses.aux, sum(balances) / 3)
+    assert_close(losses.z, sum(each.z for each in found) / 3)
     assert_close(losses.router_loss(config), 0.5 * losses.aux + 0.25 * losses.z)
     assert losses.expert_counts.sum(1).tolist() == [2 * batch[0].numel()] * 3
     assert losses.router_entropy.shape == (3,)
@@ -338,6 +355,7 @@ def test_a_fall_to_the_reference_is_said_once():
 
 TRAINING_OPS = {
     "rms_norm_forward", "add_rms_norm_forward", "rms_norm_backward", "rope", "route", "route_backward",
+    "gate", "gate_backward", "router_statistics", "router_statistics_backward",
     "expert_mlp_forward", "expert_mlp_backward", "attention_forward", "attention_backward", "cross_entropy_with_grads",
 }  # fmt: skip
 

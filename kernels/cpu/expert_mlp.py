@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.cpu import unsupported_dtype
+from kernels.cpu import native_experts, unsupported_dtype
 from kernels.cpu.grouped_gemm import bucket, padded_layout
 from kernels.cpu.passes import passes
 
@@ -75,6 +75,8 @@ def expert_mlp_forward(
     x: Tensor, weights: Tensor, experts: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Output (N, D), and the pre-activations (M, 2F) that the backward needs."""
+    if native_experts.suits(x, gate_up):
+        return native_experts.forward(x, weights, experts, order, offsets, gate_up, down)
     layout = make_layout(order, offsets, experts.shape)
     hidden = products(passes().gather(x, layout.tokens), gate_up.mT, layout)
     y = products(passes().swiglu(hidden), down.mT, layout)
@@ -89,6 +91,8 @@ def expert_mlp_backward(
 
     A row's output is not needed: its product with the gradient is that of `act` with the gradient through `down`.
     """
+    if native_experts.suits(x, gate_up):
+        return native_experts.backward(grad, x, weights, experts, order, offsets, gate_up, down, hidden)
     layout = make_layout(order, offsets, experts.shape)
     grad_rows = passes().gather(grad, layout.tokens)
     act = products(grad_rows, down, layout)  # its gradient, unweighted, which becomes weight * act

@@ -19,6 +19,8 @@ FUNCTIONS = {
     "cross_entropy": "pp iii", "swiglu": "pp ii", "swiglu_backward": "pppppp ii", "gather": "ppp ii",
     "combine": "pppp iii", "rms_norm": "pppppp iid", "rms_norm_backward": "ppppppp ii", "rope": "pippp iii",
     "softmax": "pp d p", "softmax_backward": "pppp d p", "row_products": "ppp ii", "route": "pppppp iiii",
+    "gate": "ppp iii", "gate_backward": "ppppp iii", "router_statistics": "ppppp iii",
+    "router_statistics_backward": "ppp d iii",
 }  # fmt: skip
 """Arguments of each function between the dtype and the number of threads: pointers, integers, doubles."""
 TYPES = {"p": c_void_p, "i": c_int64, "d": c_double}
@@ -114,6 +116,38 @@ def route(logits: Tensor, top_k: int, bias: Tensor | None, normalize: bool) -> t
     given = None if bias is None else bias.contiguous()
     call("route", logits, logits.contiguous(), given, weights, experts, order, offsets, N, E, top_k, normalize)
     return weights, experts, order, offsets
+
+
+def gate(x: Tensor, weight: Tensor) -> Tensor:
+    """Logits (N, E) float32 of tokens x (N, D) and a router's weight (E, D) float32, summed in float32."""
+    logits = x.new_empty(len(x), len(weight), dtype=torch.float32)
+    call("gate", x, x.contiguous(), weight.contiguous(), logits, *x.shape, len(weight))
+    return logits
+
+
+def gate_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x (N, D) and weight (E, D) from that of the logits (N, E)."""
+    grad_x, grad_weight = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty(weight.shape)
+    call("gate_backward", x, grad.contiguous(), x.contiguous(), weight.contiguous(), grad_x, grad_weight, *x.shape,
+         len(weight))  # fmt: skip
+    return grad_x, grad_weight
+
+
+def router_statistics(logits: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What kernels.router_statistics gives of logits (N, E) float32."""
+    N, E = logits.shape
+    found = logits.new_empty(rows, E), *[logits.new_empty(()) for _ in range(3)]
+    call("router_statistics", logits, logits.contiguous(), *found, N, E, rows)
+    return found
+
+
+def router_statistics_backward(logits: Tensor, grad_probability: Tensor, grad_z: Tensor) -> Tensor:
+    """Gradient of the logits (N, E), from those of the mean probabilities (rows, E) and of the z-loss, a scalar."""
+    rows, E = grad_probability.shape
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    call("router_statistics_backward", logits, logits.contiguous(), grad_probability.contiguous(), grad, grad_z.item(),
+         len(logits), E, rows)  # fmt: skip
+    return grad
 
 
 def place(

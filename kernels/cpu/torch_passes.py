@@ -62,6 +62,33 @@ def route(logits: Tensor, top_k: int, bias: Tensor | None, normalize: bool) -> t
     return weights, experts, order, offsets
 
 
+def gate(x: Tensor, weight: Tensor) -> Tensor:
+    return x.float() @ weight.t()
+
+
+def gate_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return (grad @ weight).to(x.dtype), grad.t() @ x.float()
+
+
+def router_statistics(logits: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    N, E = logits.shape
+    log_p = torch.log_softmax(logits, dim=1)
+    p = log_p.exp()
+    z = (logits[:, 0] - log_p[:, 0]).square().mean()
+    return p.view(rows, N // rows, E).mean(1), z, -(p * log_p).sum(1).mean(), p.amax(1).mean()
+
+
+def router_statistics_backward(logits: Tensor, grad_probability: Tensor, grad_z: Tensor) -> Tensor:
+    N, E = logits.shape
+    rows = len(grad_probability)
+    p = torch.softmax(logits, dim=1)
+    of_p = (grad_probability * (rows / N))[:, None] - torch.einsum(
+        "rne,re->rn", p.view(rows, -1, E), grad_probability * (rows / N)
+    ).unsqueeze(2)
+    of_z = logits.logsumexp(1, keepdim=True).mul_(2 * grad_z / N)
+    return p * (of_p.reshape(N, E) + of_z)
+
+
 def place(
     order: Tensor, offsets: Tensor, starts: list[int], shape: torch.Size, size: int, total: int
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -70,11 +70,11 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Routed]:
         """x (..., D) -> (..., D) and the router's decisions on the flattened tokens."""
         flat = x.flatten(0, -2)
-        # The router works in float32: rounding its logits flips choices (Switch Transformer, section 2.4).
-        router_input = flat.float()
+        router_input = flat
         if self.training and self.jitter:
-            router_input = router_input * torch.empty_like(router_input).uniform_(1 - self.jitter, 1 + self.jitter)
-        logits = self.gate(router_input)
+            noise = torch.empty_like(flat, dtype=torch.float32).uniform_(1 - self.jitter, 1 + self.jitter)
+            router_input = flat.float() * noise
+        logits = kernels.gate(router_input, self.gate.weight.float())
         if self.uniform:
             routing = uniform_routing(logits, self.top_k, self.normalize)
         else:
@@ -138,30 +138,14 @@ def expert_counts(routing: kernels.Routing, scored: Tensor | None = None) -> Ten
     return routing.offsets.new_zeros(routing.offsets.numel() - 1).scatter_add_(0, routing.experts.flatten(), slots)
 
 
-def load_balancing_loss(routed: Routed, rows: int = 1) -> Tensor:
+def load_balancing_loss(probability: Tensor, experts: Tensor) -> Tensor:
     """E * sum_e f_e P_e, f_e being expert e's share of the slots, P_e its mean probability (Switch Transformer, eq. 4).
 
-    Of each of `rows` equal parts of the batch, one after the other, and the mean of these (DeepSeek-V2, section 2.2.3).
-    1 when both are uniform, E when one expert takes everything. Slots count before any is dropped.
+    probability (rows, E) as of kernels.router_statistics, experts int64 (N, K). Of each part of the batch, and the mean
+    of these (DeepSeek-V2, section 2.2.3). 1 when both are uniform, E when one expert takes everything. Slots count
+    before any is dropped.
     """
-    E = routed.logits.shape[1]
-    experts = routed.routing.experts.view(rows, -1)
+    rows, E = probability.shape
+    experts = experts.view(rows, -1)
     counts = experts.new_zeros(rows, E).scatter_add_(1, experts, torch.ones_like(experts))
-    probability = F.softmax(routed.logits, dim=-1).view(rows, -1, E).mean(1)
     return E * (counts / experts.shape[1] * probability).sum(1).mean()
-
-
-def router_z_loss(routed: Routed) -> Tensor:
-    """Mean of (log sum exp logits)^2 (ST-MoE, eq. 5)."""
-    return routed.logits.logsumexp(dim=-1).square().mean()
-
-
-def router_entropy(routed: Routed) -> Tensor:
-    """Mean over tokens of the entropy of the router's distribution over all experts, in nats: 0 to log E."""
-    log_p = F.log_softmax(routed.logits.detach(), dim=-1)
-    return -(log_p.exp() * log_p).sum(-1).mean()
-
-
-def router_confidence(routed: Routed) -> Tensor:
-    """Mean over tokens of the largest probability among all experts: 1 / E to 1."""
-    return F.softmax(routed.logits.detach(), dim=-1).amax(-1).mean()

@@ -14,15 +14,7 @@ import kernels
 from moe_lm.config import ModelConfig, require
 from moe_lm.model.attention import Attend, Attention, Rotation, whole_rows
 from moe_lm.model.layers import Linear, RMSNorm, SwiGLU, rotary_angles
-from moe_lm.model.moe import (
-    MoE,
-    Routed,
-    expert_counts,
-    load_balancing_loss,
-    router_confidence,
-    router_entropy,
-    router_z_loss,
-)  # fmt: skip
+from moe_lm.model.moe import MoE, Routed, expert_counts, load_balancing_loss
 
 
 @dataclass
@@ -175,12 +167,17 @@ class Transformer(nn.Module):
             return Losses(nll, zero, zero, tokens.new_zeros(0, 0), *[nll.new_zeros(0)] * 3)
         rows = len(tokens) if self.config.seq_aux else 1
         scored = targets.flatten() >= 0
+        found = [kernels.router_statistics(routed.logits, rows) for routed in routings]
+        balances = [
+            load_balancing_loss(each.probability, routed.routing.experts)
+            for each, routed in zip(found, routings, strict=True)
+        ]
         return Losses(
             nll,
-            torch.stack([load_balancing_loss(routed, rows) for routed in routings]).mean(),
-            torch.stack([router_z_loss(routed) for routed in routings]).mean(),
+            torch.stack(balances).mean(),
+            torch.stack([each.z for each in found]).mean(),
             torch.stack([expert_counts(routed.routing, scored) for routed in routings]),
-            torch.stack([router_entropy(routed) for routed in routings]),
-            torch.stack([router_confidence(routed) for routed in routings]),
+            torch.stack([each.entropy for each in found]),
+            torch.stack([each.confidence for each in found]),
             torch.stack([zero if routed.dropped is None else routed.dropped for routed in routings]),
         )

@@ -29,11 +29,31 @@ inline void softmax(const float* logits, int64_t experts, float* probability) {
   for (int64_t e = 0; e < experts; e++) probability[e] /= total;
 }
 
+// Chooses as best_of does while the largest of what is left is a number, and nothing is none. Gives how many it chose.
+inline int64_t best_of_vector(const float* scores, int64_t experts, int64_t top, int32_t* chosen) {
+#if defined(MOE_LM_AVX512)
+  const __mmask16 there = (1u << experts) - 1;
+  const __m512 x = _mm512_maskz_loadu_ps(there, scores);
+  __mmask16 left = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) ? 0 : there;
+  for (int64_t k = 0; k < top; k++) {
+    const float largest = _mm512_mask_reduce_max_ps(left, x);
+    const __mmask16 found = _mm512_mask_cmp_ps_mask(left, x, _mm512_set1_ps(largest), _CMP_EQ_OQ);
+    if (!found) return k;
+    chosen[k] = __builtin_ctz(found);
+    left &= ~(1u << chosen[k]);
+  }
+  return top;
+#else
+  return 0;
+#endif
+}
+
 // The experts with the `top` largest scores, ties to the lowest index. Always `top` different ones: a NaN is larger than
 // nothing, or than everything if NAN_FIRST, and the first of what is left is taken where nothing is larger.
 template <bool NAN_FIRST = false>
 inline void best_of(const float* scores, int64_t experts, int64_t top, int32_t* chosen) {
-  for (int64_t k = 0; k < top; k++) {
+  int64_t k = experts <= LANES ? best_of_vector(scores, experts, top, chosen) : 0;
+  for (; k < top; k++) {
     int64_t best = -1;
     for (int64_t e = 0; e < experts; e++) {
       if (std::find(chosen, chosen + k, e) != chosen + k) continue;

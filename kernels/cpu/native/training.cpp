@@ -11,52 +11,15 @@
 #include <limits>
 #include <vector>
 
+#include "elements.h"
+#include "gate.h"
 #include "slots.h"
-#include "vector.h"
 
 namespace {
 
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
-template <class T>
-INLINE Floats get(const T* p, int64_t n) {
-  return load_first(p, n);
-}
-
-INLINE void put(float* p, Floats x, int64_t n) {
-  if (n >= LANES) return store(p, x);
-  memcpy(p, &x, n * sizeof(float));
-}
-
-INLINE void put(bfloat16* p, Floats x, int64_t n) {
-#if defined(MOE_LM_AVX512) && defined(__AVX512BF16__)
-  if (n >= LANES) {
-    __m256bh h = _mm512_cvtneps_pbh((__m512)x);
-    memcpy(p, &h, sizeof h);
-    return;
-  }
-#endif
-  Halves h = __builtin_convertvector((Bits)round_bfloat16(x) >> 16, Halves);
-  memcpy(p, &h, (n >= LANES ? LANES : n) * sizeof(bfloat16));
-}
-
-INLINE float value(float x) { return x; }
-INLINE float value(bfloat16 x) {
-  uint32_t u = (uint32_t)x.bits << 16;
-  float f;
-  memcpy(&f, &u, sizeof f);
-  return f;
-}
-
 INLINE Floats larger(Floats a, Floats b) { return select(a > b, a, b); }
-
-// Lanes from n on become x.
-INLINE Floats beyond(Floats v, int64_t n, float x) {
-  for (int64_t i = n; i < LANES; i++) v[i] = x;
-  return v;
-}
-
-INLINE Floats sigmoid(Floats x) { return splat(1.0f) / (splat(1.0f) + exponential(-x)); }
 
 // Calls run(row) for each row; a thread takes a stretch of them.
 template <class F>
@@ -108,13 +71,7 @@ double cross_entropy(T* logits, const int64_t* targets, int64_t rows, int64_t V,
 
 template <class T>
 void swiglu(const T* hidden, T* act, int64_t rows, int64_t F, int64_t threads) {
-  each_row(rows, threads, [=](int64_t row) {
-    const T *gate = hidden + row * 2 * F, *up = gate + F;
-    for (int64_t i = 0; i < F; i += LANES) {
-      Floats g = get(gate + i, F - i);
-      put(act + row * F + i, g * sigmoid(g) * get(up + i, F - i), F - i);
-    }
-  });
+  each_row(rows, threads, [=](int64_t row) { swiglu_row(hidden + row * 2 * F, act + row * F, F); });
 }
 
 // Of the row whose slot is s, its output counts weights[s] times: grad_act becomes weight * act, which grad_down is made
@@ -123,25 +80,14 @@ template <class T>
 void swiglu_backward(T* grad_act, const T* hidden, const float* weights, const int64_t* slots, T* grad_hidden,
                      float* grad_weights, int64_t rows, int64_t F, int64_t threads) {
   each_row(rows, threads, [=](int64_t row) {
-    const T *gate = hidden + row * 2 * F, *up = gate + F;
-    T *to_gate = grad_hidden + row * 2 * F, *to_up = to_gate + F, *act = grad_act + row * F;
+    T *act = grad_act + row * F, *to_hidden = grad_hidden + row * 2 * F;
     if (slots && slots[row] < 0) {
       memset((void*)act, 0, F * sizeof(T));
-      memset((void*)to_gate, 0, 2 * F * sizeof(T));
+      memset((void*)to_hidden, 0, 2 * F * sizeof(T));
       return;
     }
-    const float weight = slots ? weights[slots[row]] : 1.0f;
-    Floats inner{};
-    for (int64_t i = 0; i < F; i += LANES) {
-      Floats g = get(gate + i, F - i), u = get(up + i, F - i), d = get(act + i, F - i);
-      Floats s = sigmoid(g), silu = g * s, a = silu * u;
-      inner = fma(d, a, inner);
-      d = d * weight;
-      put(to_up + i, d * silu, F - i);
-      put(to_gate + i, d * u * s * (splat(1.0f) + g - silu), F - i);
-      put(act + i, a * weight, F - i);
-    }
-    if (slots) grad_weights[slots[row]] = sum(inner);
+    const float inner = swiglu_backward_row(act, hidden + row * 2 * F, slots ? weights[slots[row]] : 1.0f, to_hidden, F);
+    if (slots) grad_weights[slots[row]] = inner;
   });
 }
 
@@ -405,6 +351,26 @@ void moe_lm_softmax_backward(int64_t half, void* scores, void* grad_p, const flo
 void moe_lm_route(int64_t, const float* logits, const float* bias, float* weights, int64_t* experts, int64_t* order,
                   int64_t* offsets, int64_t N, int64_t E, int64_t K, int64_t normalize, int64_t threads) {
   route(logits, bias, normalize, N, E, K, weights, experts, order, offsets, threads);
+}
+
+void moe_lm_gate(int64_t half, const void* x, const float* weight, float* logits, int64_t N, int64_t D, int64_t E,
+                 int64_t threads) {
+  WITH(half, gate((const T*)x, weight, logits, N, D, E, threads))
+}
+
+void moe_lm_gate_backward(int64_t half, const float* grad, const void* x, const float* weight, void* grad_x,
+                          float* grad_weight, int64_t N, int64_t D, int64_t E, int64_t threads) {
+  WITH(half, gate_backward(grad, (const T*)x, weight, (T*)grad_x, grad_weight, N, D, E, threads))
+}
+
+void moe_lm_router_statistics(int64_t, const float* logits, float* probability, float* z, float* entropy,
+                              float* confidence, int64_t N, int64_t E, int64_t rows, int64_t threads) {
+  router_statistics(logits, N, E, rows, probability, z, entropy, confidence, threads);
+}
+
+void moe_lm_router_statistics_backward(int64_t, const float* logits, const float* grad_probability, float* grad,
+                                       double grad_z, int64_t N, int64_t E, int64_t rows, int64_t threads) {
+  router_statistics_backward(logits, grad_probability, (float)grad_z, N, E, rows, grad, threads);
 }
 
 void moe_lm_row_products(int64_t half, const void* a, const void* b, float* out, int64_t rows, int64_t C,

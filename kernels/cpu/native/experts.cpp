@@ -1,0 +1,159 @@
+// The experts' MLPs in bfloat16, forward and backward, each expert's rows as many as it has; native_experts.py calls it.
+//
+// N tokens, K experts per token, D hidden width, F expert width, E experts, M = N * K slots. A slot's row is its place in
+// the order by experts. D and F are multiples of 16. A task is some rows of an expert, or some rows of a weight's
+// gradient: a thread's own, from packing to rounding, so it waits for no other, and an expert's weights and rows stay in
+// its second-level cache.
+#include <omp.h>
+
+#include "amx.h"
+#include "elements.h"
+#include "pairs.h"
+
+enum { IMPOSSIBLE, SLOWER, FASTER };
+
+// What these products are here, against oneDNN's: AMX multiplies several times faster than pairs.
+extern "C" int64_t moe_lm_rank() {
+#if !defined(MOE_LM_PAIRS)
+  return IMPOSSIBLE;
+#elif defined(MOE_LM_AMX)
+  return SLOWER;
+#else
+  return FASTER;
+#endif
+}
+
+#ifdef MOE_LM_PAIRS
+namespace {
+
+struct Shape {  // kernels/cpu/native_experts.py declares the same fields in the same order
+  int64_t N, K, D, F, E, threads;
+};
+
+struct Task {
+  int64_t expert, first, rows;
+};
+
+constexpr int64_t ROWS = 48;  // that go through an expert together
+
+// Stretches of `count[e]` things of every expert, a few for each thread, long ones first.
+template <class Count>
+std::vector<Task> share_out(const Shape& s, Count count) {
+  int64_t total = 0;
+  for (int64_t e = 0; e < s.E; e++) total += count(e);
+  const int64_t most = round_up(std::max(ROWS, total / (4 * s.threads)), ROWS);
+  std::vector<Task> tasks;
+  for (int64_t e = 0; e < s.E; e++)
+    for (int64_t i = 0; i < count(e); i += most) tasks.push_back({e, i, std::min(most, count(e) - i)});
+  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.rows > b.rows; });
+  return tasks;
+}
+
+// Whether they are the slots of a routing.
+bool sorted_slots(const Shape& s, const int64_t* order, const int64_t* offsets) {
+  const int64_t slots = s.N * s.K;
+  for (int64_t e = 0; e < s.E; e++)
+    if (offsets[e] > offsets[e + 1]) return false;
+  return offsets[0] == 0 && offsets[s.E] == slots &&
+         std::all_of(order, order + slots, [=](int64_t slot) { return slot >= 0 && slot < slots; });
+}
+
+const Pair* pairs(const bfloat16* row) { return (const Pair*)row; }
+
+}  // namespace
+
+extern "C" {
+
+// hidden (M, 2F), y (M, D), row_of_slot (N, K). 0, and nothing done, where `order` and `offsets` are no routing's.
+int64_t moe_lm_forward(const Shape* shape, const bfloat16* x, const int64_t* order, const int64_t* offsets,
+                    const bfloat16* gate_up, const bfloat16* down, bfloat16* hidden, bfloat16* y,
+                    int64_t* row_of_slot) {
+  const Shape s = *shape;
+  if (!sorted_slots(s, order, offsets)) return 0;
+  const int64_t D = s.D, F = s.F;
+  const auto tasks = share_out(s, [=](int64_t e) { return offsets[e + 1] - offsets[e]; });
+#pragma omp parallel num_threads(s.threads)
+  {
+    Pairs up, out;
+    std::vector<bfloat16> act(ROWS * F);
+#pragma omp for schedule(dynamic, 1)
+    for (const Task& task : tasks) {
+      up.pack_transposed(gate_up + task.expert * 2 * F * D, 2 * F, D);
+      out.pack_transposed(down + task.expert * D * F, D, F);
+      const int64_t begin = offsets[task.expert] + task.first, end = begin + task.rows;
+      for (int64_t row = begin; row < end; row += ROWS) {
+        const int64_t rows = std::min(ROWS, end - row);
+        multiply(rows, [&](int64_t i) { return pairs(x + order[row + i] / s.K * D); }, 1, up,
+                 [&](int64_t i) { return hidden + (row + i) * 2 * F; });
+        for (int64_t i = 0; i < rows; i++) {
+          swiglu_row(hidden + (row + i) * 2 * F, &act[i * F], F);
+          row_of_slot[order[row + i]] = row + i;
+        }
+        multiply(rows, [&](int64_t i) { return pairs(&act[i * F]); }, 1, out,
+                 [&](int64_t i) { return y + (row + i) * D; });
+      }
+    }
+  }
+  return 1;
+}
+
+// grad (N, D) of the output; grad_rows (M, D), whose sums over a token's slots are the gradient of x; grad_hidden (M, 2F)
+// and acts (M, F), each times its weight, are room. 0 as above.
+int64_t moe_lm_backward(const Shape* shape, const bfloat16* grad, const bfloat16* x, const float* weights,
+                     const int64_t* order, const int64_t* offsets, const bfloat16* gate_up, const bfloat16* down,
+                     const bfloat16* hidden, bfloat16* grad_hidden, bfloat16* acts, bfloat16* grad_rows,
+                     float* grad_weights, bfloat16* grad_gate_up, bfloat16* grad_down, int64_t* row_of_slot) {
+  const Shape s = *shape;
+  if (!sorted_slots(s, order, offsets)) return 0;
+  const int64_t D = s.D, F = s.F;
+  const auto tasks = share_out(s, [=](int64_t e) { return offsets[e + 1] - offsets[e]; });
+  const auto outputs = share_out(s, [=](int64_t) { return D + 2 * F; });  // rows of down, then of gate and up
+  const auto token_row = [=](const bfloat16* of, int64_t row) { return of + order[row] / s.K * D; };
+#pragma omp parallel num_threads(s.threads)
+  {
+    Pairs left, right;
+#pragma omp for schedule(dynamic, 1)
+    for (const Task& task : tasks) {
+      left.pack(D, F, [&](int64_t k) { return down + (task.expert * D + k) * F; });
+      right.pack(2 * F, D, [&](int64_t k) { return gate_up + (task.expert * 2 * F + k) * D; });
+      const int64_t begin = offsets[task.expert] + task.first, end = begin + task.rows;
+      for (int64_t row = begin; row < end; row += ROWS) {
+        const int64_t rows = std::min(ROWS, end - row);
+        multiply(rows, [&](int64_t i) { return pairs(token_row(grad, row + i)); }, 1, left,
+                 [&](int64_t i) { return acts + (row + i) * F; });
+        for (int64_t i = row; i < row + rows; i++) {
+          const int64_t slot = order[i];
+          row_of_slot[slot] = i;
+          grad_weights[slot] =
+              swiglu_backward_row(acts + i * F, hidden + i * 2 * F, weights[slot], grad_hidden + i * 2 * F, F);
+        }
+        multiply(rows, [&](int64_t i) { return pairs(grad_hidden + (row + i) * 2 * F); }, 1, right,
+                 [&](int64_t i) { return grad_rows + (row + i) * D; });
+      }
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (const Task& task : outputs) {
+      const int64_t e = task.expert, begin = offsets[e], depth = offsets[e + 1] - begin;
+      const int64_t end = task.first + task.rows, of_down = std::min(end, D) - task.first;
+      if (of_down > 0) {
+        bfloat16* to = grad_down + (e * D + task.first) * F;
+        left.pack(depth, D, [&](int64_t k) { return token_row(grad, begin + k); });
+        right.pack(depth, F, [&](int64_t k) { return acts + (begin + k) * F; });
+        multiply(of_down, [&](int64_t i) { return left.row(0) + task.first + i; }, left.stride, right,
+                 [&](int64_t i) { return to + i * F; });
+      }
+      const int64_t first = std::max(task.first, D) - D;
+      if (end > D) {
+        bfloat16* to = grad_gate_up + (e * 2 * F + first) * D;
+        left.pack(depth, 2 * F, [&](int64_t k) { return grad_hidden + (begin + k) * 2 * F; });
+        right.pack(depth, D, [&](int64_t k) { return token_row(x, begin + k); });
+        multiply(end - D - first, [&](int64_t i) { return left.row(0) + first + i; }, left.stride, right,
+                 [&](int64_t i) { return to + i * D; });
+      }
+    }
+  }
+  return 1;
+}
+
+}  // extern "C"
+#endif

@@ -1,0 +1,88 @@
+"""The experts' MLPs in one call of a C++ library (native/experts.cpp), for CPUs with AVX512-BF16, not AMX.
+
+N tokens, K experts per token, D hidden width, F expert width, E experts, M = N * K slots. Each expert multiplies as
+many rows as it has, from gathering to SwiGLU in its core's cache. Products that share a size, side by side in one call,
+need rows of padding, and a product more for each expert with many. Against those a forward and backward of nano's layer
+took 0.74 of the time where loads were alike, and 0.72 with the fullest expert at 1.5 times its share (4,096 tokens, 2
+cores of an EPYC of 2024).
+"""
+
+import ctypes
+import functools
+from ctypes import c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from kernels.cpu.native import BuildError, build
+from kernels.cpu.passes import passes
+
+WIDTH = 16
+"""D and F are multiples of this."""
+IMPOSSIBLE, SLOWER, FASTER = range(3)
+
+
+class Shape(ctypes.Structure):
+    """`Shape` of experts.cpp."""
+
+    _fields_ = [(name, c_int64) for name in ("N", "K", "D", "F", "E", "threads")]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled library. Raises BuildError if it cannot be compiled."""
+    loaded = ctypes.CDLL(str(build("experts")))
+    loaded.moe_lm_rank.restype = c_int64
+    if loaded.moe_lm_rank() != IMPOSSIBLE:
+        for function, pointers in ((loaded.moe_lm_forward, 8), (loaded.moe_lm_backward, 15)):
+            function.argtypes, function.restype = [ctypes.POINTER(Shape), *[c_void_p] * pointers], c_int64
+    return loaded
+
+
+@functools.cache
+def rank() -> int:
+    """What this machine makes of it: IMPOSSIBLE, also without a compiler, SLOWER than oneDNN, or FASTER."""
+    try:
+        return library().moe_lm_rank()
+    except (BuildError, OSError):
+        return IMPOSSIBLE
+
+
+def suits(x: Tensor, gate_up: Tensor) -> bool:
+    """Whether it takes tokens x (N, D) and weights gate_up (E, 2F, D), and is the fastest here."""
+    return x.dtype == torch.bfloat16 and x.shape[1] % WIDTH == gate_up.shape[1] % (2 * WIDTH) == 0 and rank() == FASTER
+
+
+def run(name: str, x: Tensor, experts: Tensor, gate_up: Tensor, *tensors: Tensor) -> None:
+    """Raises IndexError for slots that are not there."""
+    E, doubled, D = gate_up.shape
+    shape = Shape(*experts.shape, D, doubled // 2, E, torch.get_num_threads())
+    for tensor in tensors:
+        assert tensor.is_contiguous(), (name, tensor.shape, tensor.stride())
+    if not getattr(library(), f"moe_lm_{name}")(shape, *[tensor.data_ptr() for tensor in tensors]):
+        raise IndexError(f"order and offsets are not the {experts.numel()} slots of a routing.")
+
+
+def forward(
+    x: Tensor, weights: Tensor, experts: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Output (N, D), and the pre-activations (M, 2F) that the backward needs."""
+    hidden, y = x.new_empty(len(order), gate_up.shape[1]), x.new_empty(len(order), x.shape[1])
+    row_of_slot = torch.empty_like(experts, memory_format=torch.contiguous_format)
+    given = [each.contiguous() for each in (x, order, offsets, gate_up, down)]
+    run("forward", x, experts, gate_up, *given, hidden, y, row_of_slot)
+    return passes().combine(y, weights.contiguous(), row_of_slot), hidden
+
+
+def backward(
+    grad: Tensor, x: Tensor, weights: Tensor, experts: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor,
+    down: Tensor, hidden: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x (N, D), weights (N, K) float32, gate_up (E, 2F, D) and down (E, D, F)."""
+    given = [each.contiguous() for each in (grad, x, weights, order, offsets, gate_up, down, hidden)]
+    grad_hidden, acts = torch.empty_like(given[-1]), x.new_empty(len(order), down.shape[2])
+    grad_rows, grad_weights = x.new_empty(len(order), x.shape[1]), torch.empty_like(given[2])
+    grads = [torch.empty_like(each) for each in given[5:7]]
+    row_of_slot = torch.empty_like(experts, memory_format=torch.contiguous_format)
+    run("backward", x, experts, gate_up, *given, grad_hidden, acts, grad_rows, grad_weights, *grads, row_of_slot)
+    return passes().combine(grad_rows, None, row_of_slot), grad_weights, *grads

@@ -1,0 +1,118 @@
+"""The experts in one C++ call: against the definition, on any number of threads, and where it cannot run."""
+
+import math
+
+import pytest
+import torch
+from compare import check
+
+import kernels
+from kernels.cpu import expert_mlp, native_experts
+from kernels.cpu.native import BuildError
+
+needed = pytest.mark.skipif(native_experts.rank() == native_experts.IMPOSSIBLE, reason="needs a CPU with AVX512-BF16")
+
+
+@pytest.fixture(params=["native", "batched"])
+def products(request, monkeypatch):
+    """Which of both ways runs, whatever this machine would choose."""
+    if request.param == "native" and native_experts.rank() == native_experts.IMPOSSIBLE:
+        pytest.skip("needs a CPU with AVX512-BF16")
+    rank = native_experts.FASTER if request.param == "native" else native_experts.SLOWER
+    monkeypatch.setattr(native_experts, "rank", lambda: rank)
+
+
+def case(N: int, D: int, F: int, E: int, K: int, kind: str = "random") -> tuple[dict, kernels.Routing]:
+    logits = torch.randn(N, E)
+    if kind == "one expert":
+        logits[:, 0] += 100
+    elif kind == "empty experts":
+        logits[:, : E // 2] -= 100
+    routing = kernels.route(logits, K)
+    return {
+        "x": torch.randn(N, D), "weights": routing.weights, "gate_up": torch.randn(E, 2 * F, D) / math.sqrt(D),
+        "down": torch.randn(E, D, F) / math.sqrt(F),
+    }, routing  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["random", "one expert", "empty experts"])
+@pytest.mark.parametrize(
+    ("N", "D", "F", "E", "K"),
+    [(1, 16, 16, 4, 2), (63, 48, 80, 16, 2), (200, 32, 64, 8, 3), (700, 80, 16, 3, 1), (450, 128, 64, 4, 2)],
+)
+def test_it_is_the_definition(N, D, F, E, K, kind, products):
+    inputs, routing = case(N, D, F, E, K, kind)
+
+    def op(x, weights, gate_up, down):
+        return kernels.expert_mlp(x, routing._replace(weights=weights), gate_up, down)
+
+    check(op, inputs, torch.bfloat16, wide=("weights",))
+
+
+def both_ways(inputs: dict, routing: kernels.Routing, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    x, gate_up, down = (inputs[name].bfloat16() for name in ("x", "gate_up", "down"))
+    out, hidden = native_experts.forward(x, *routing, gate_up, down)
+    return out, hidden, *native_experts.backward(grad.bfloat16(), x, *routing, gate_up, down, hidden)
+
+
+@needed
+def test_bits_do_not_depend_on_the_threads():
+    inputs, routing = case(300, 64, 48, 5, 2)
+    grad, found, before = torch.randn(300, 64), [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            found.append(both_ways(inputs, routing, grad))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@needed
+def test_a_token_of_no_number_spoils_its_own_row_only():
+    inputs, routing = case(120, 32, 16, 4, 2)
+    grad = torch.randn(120, 32)
+    clean = both_ways(inputs, routing, grad)
+    inputs["x"][7] = math.nan
+    out, _, grad_x, grad_weights, *_ = both_ways(inputs, routing, grad)
+    for got, want in ((out, clean[0]), (grad_x, clean[2]), (grad_weights, clean[3])):
+        assert got[7].isnan().all()
+        assert torch.equal(got[torch.arange(120) != 7], want[torch.arange(120) != 7])
+
+
+@needed
+@pytest.mark.parametrize("spoil", ["order", "offsets"])
+def test_slots_that_are_not_there_are_refused(spoil):
+    inputs, routing = case(20, 16, 16, 4, 2)
+    wrong = routing._replace(**{spoil: getattr(routing, spoil) + 1})
+    with pytest.raises(IndexError, match="not the 40 slots of a routing"):
+        both_ways(inputs, wrong, torch.randn(20, 16))
+
+
+def test_what_it_does_not_suit_goes_the_other_way(monkeypatch):
+    monkeypatch.setattr(native_experts, "rank", lambda: native_experts.FASTER)
+    x, gate_up = torch.empty(4, 32), torch.empty(2, 64, 32)
+    assert native_experts.suits(x.bfloat16(), gate_up)
+    assert not native_experts.suits(x, gate_up)
+    assert not native_experts.suits(torch.empty(4, 24).bfloat16(), gate_up)
+    assert not native_experts.suits(x.bfloat16(), torch.empty(2, 48, 32))
+
+
+def test_without_a_compiler_products_are_batched(monkeypatch):
+    def fail(*_):
+        raise BuildError("no compiler")
+
+    monkeypatch.setattr(native_experts, "build", fail)
+    native_experts.library.cache_clear()
+    native_experts.rank.cache_clear()
+    try:
+        inputs, routing = case(40, 16, 16, 4, 2)
+        x, gate_up, down = (inputs[name].bfloat16() for name in ("x", "gate_up", "down"))
+        assert native_experts.rank() == native_experts.IMPOSSIBLE
+        out, hidden = expert_mlp.expert_mlp_forward(x, *routing, gate_up, down)
+        assert out.shape == x.shape
+        assert len(hidden) >= 80
+    finally:
+        native_experts.library.cache_clear()
+        native_experts.rank.cache_clear()
