@@ -247,20 +247,19 @@ def test_the_whole_comparison(files, capsys, monkeypatch):
     monkeypatch.setattr("runpy.run_module", lambda name, **_: moe_vs_dense.main(__import__("sys").argv[1:]))
     bench(words)
     first = capsys.readouterr()
-    tables = first.out.split("\n\n")[2:]
-    assert [text.splitlines()[0] for text in tables] == [
-        "equal tokens, 6 steps", "equal wall-clock, 0.002 minutes each",
-    ]  # fmt: skip
-    for text in tables:
-        assert [line.split("  ")[0].strip() for line in text.splitlines()[2:6]] == [
-            "dense", "2 experts", "mix", "8 experts",
-        ]  # fmt: skip
+    budgets = first.out.split("\n\n")[1:]
+    titles = ("equal tokens, 6 steps", "equal wall-clock, 0.002 minutes each")
+    for text, title, trial in zip(budgets, titles, ("after 2 steps", "after 0.04 s"), strict=True):
+        assert text.splitlines()[0].endswith(trial)
+        lines = text[text.index(title) :].splitlines()
+        assert [line.split("  ")[0].strip() for line in lines[2:6]] == ["dense", "2 experts", "mix", "8 experts"]
         assert "mix is 0." in text
-    assert "the best of mix, x3, is the greatest tried" in first.out
+    assert "the best of mix, x3, is the greatest tried" in budgets[0]
     assert "mix, seed 1: step 6 of 6 steps" in first.err
     kept = [json.loads(line) for line in (files / "r.jsonl").read_text("utf-8").splitlines()]
-    assert len(kept) == 4 + 2 * 2 * 4
-    assert {line["learning_rate"] for line in kept[4:]} == {0.03}
+    assert len(kept) == 2 * (4 + 2 * 4)
+    assert {line["learning_rate"] for line in kept[4:12]} == {0.03}
+    assert {line["budget"] for line in kept[12:16]} == {"0.04 s"}
     monkeypatch.setattr(arms, "Trainer", None)
     bench(words)
     assert capsys.readouterr().out.split("mix: ", 1)[1] == first.out.split("mix: ", 1)[1]

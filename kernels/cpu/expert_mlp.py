@@ -1,4 +1,4 @@
-"""The experts' MLPs as one batched GEMM, and a GEMM for each expert that overflows it.
+"""The experts' MLPs: native_experts where that suits, else one batched GEMM, and one for each expert that overflows it.
 
 N tokens, K experts per token, D hidden width, F expert width, E experts. Each expert has C rows of a batched product,
 whose GEMMs run side by side, a thread each; the slots beyond C of an expert have rows of their own behind those, in a

@@ -3,8 +3,11 @@
 import torch
 from torch import Tensor
 
-from kernels.cpu import unsupported_dtype
+from kernels.cpu import torch_passes, unsupported_dtype
 from kernels.cpu.passes import passes
+
+FEW_TOKENS = 64
+"""Below as many the copy of the weight that the pass makes costs more than one of the tokens."""
 
 
 def unsupported(x: Tensor, weight: Tensor) -> str | None:
@@ -14,7 +17,7 @@ def unsupported(x: Tensor, weight: Tensor) -> str | None:
 
 
 def gate(x: Tensor, weight: Tensor) -> Tensor:
-    return passes().gate(x, weight)
+    return (passes() if len(x) >= FEW_TOKENS else torch_passes).gate(x, weight)
 
 
 def gate_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,12 +6,13 @@
 
 A setting, such as --train.batch_tokens 4096, is one of both.
 
-First both try the learning rates of --rates, multiples of their configs' (AdamW's and Muon's alike), with the first
-seed and a third of the steps, and each keeps its best. Then, for every seed, both train for equal tokens (as many steps
-as --steps says; the same every time), and for equal wall-clock: M minutes inside their own training steps, the learning
-rate following the share of them that is spent. They see the same data in the same order and take turns of a few
-seconds, so that other work on the machine slows both alike. With --sweep mixtures of 4, 16 and 64 such experts are
-trained beside them; 1 is the dense model. Scores are held-out bits per byte, and the spread is that between seeds.
+For every seed both train for equal tokens (as many steps as --steps says; the same every time), and for equal
+wall-clock: M minutes inside their own training steps, the learning rate following the share of them that is spent.
+Before either both try the learning rates of --rates, multiples of their configs' (AdamW's and Muon's alike), with the
+first seed and a third of the steps or minutes, and each keeps its best: longer trainings want lower rates. They see the
+same data in the same order and take turns of a few seconds, so that other work on the machine slows both alike. With
+--sweep mixtures of 4, 16 and 64 such experts are trained beside them; 1 is the dense model. Scores are held-out bits per
+byte, and the spread is that between seeds.
 
 With --json every finished round is kept in that file, one training a line, and the same command goes on there.
 """
@@ -65,36 +66,44 @@ class Comparison:
         for name, config in self.configs.items():
             counts = parameters(config.model)
             tell(f"{name}: {counts.total / 1e6:.2f}M parameters, {counts.active / 1e6:.2f}M active per token")
-        if len(self.args.rates) > 1:
-            self.choose_rates()
-        else:
-            self.factors = dict.fromkeys(self.configs, self.args.rates[0])
         minutes = self.args.minutes
         budgets = {
             f"equal tokens, {self.steps} steps": None,
             f"equal wall-clock, {minutes:g} minutes each": 60 * minutes,
         }
         for title, seconds in budgets.items():
+            tell("")
+            if len(self.args.rates) > 1:
+                self.choose_rates(seconds)
+            else:
+                self.factors = dict.fromkeys(self.configs, self.args.rates[0])
             found: dict[str, list[Record]] = {}
             for seed in range(self.args.seeds):
                 arms = self.round(seed, seconds)
                 records = train_round(arms, self.data, self.results, self.args.turn, self.say)
                 for arm, record in zip(arms, records, strict=True):
                     found.setdefault(arm.name, []).append(record)
-            tell(f"\n{title}\n" + "\n".join(table(found)))
+            tell(f"{title}\n" + "\n".join(table(found)))
             tell(verdict(self.mixture, self.dense, found[self.mixture], found[self.dense]))
 
-    def choose_rates(self) -> None:
-        """The best multiple of each config's learning rates, and a warning where it is the least or greatest tried."""
+    def choose_rates(self, seconds: float | None) -> None:
+        """The best multiple of each config's learning rates, and a warning where it is the least or greatest tried.
+
+        `seconds` are those that will be trained for, None where steps are counted.
+        """
         rates, steps = sorted(self.args.rates), max(1, self.steps // 3)
-        tell(f"\nlearning rates, as multiples of the config's: held-out bits per byte after {steps} steps")
-        for name, config in self.configs.items():
-            bits: dict[float, float] = {}
-            for rate in rates:
-                arm = Arm(f"{name} x{rate:g}", self.seeded(config, 0, rate, steps))
-                (record,) = train_round([arm], self.data, self.results, self.args.turn, self.say)
-                if record["bits_per_byte"] is not None:
-                    bits[rate] = record["bits_per_byte"]
+        third = None if seconds is None else seconds / 3
+        arms = {
+            (name, rate): Arm(f"{name} x{rate:g}", self.seeded(config, 0, rate, steps), third)
+            for name, config in self.configs.items()
+            for rate in rates
+        }
+        records = train_round(list(arms.values()), self.data, self.results, self.args.turn, self.say)
+        scores = {key: record["bits_per_byte"] for key, record in zip(arms, records, strict=True)}
+        length = f"{steps} steps" if seconds is None else f"{third:g} s"
+        tell(f"learning rates, as multiples of the config's: held-out bits per byte after {length}")
+        for name in self.configs:
+            bits = {rate: scores[name, rate] for rate in rates if scores[name, rate] is not None}
             if not bits:
                 raise ConfigError(f"{name} came to no end at any of --rates {rates}: try lower ones.")
             best = self.factors[name] = min(bits, key=bits.get)

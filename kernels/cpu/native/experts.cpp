@@ -66,8 +66,8 @@ extern "C" {
 
 // hidden (M, 2F), y (M, D), row_of_slot (N, K). 0, and nothing done, where `order` and `offsets` are no routing's.
 int64_t moe_lm_forward(const Shape* shape, const bfloat16* x, const int64_t* order, const int64_t* offsets,
-                    const bfloat16* gate_up, const bfloat16* down, bfloat16* hidden, bfloat16* y,
-                    int64_t* row_of_slot) {
+                       const bfloat16* gate_up, const bfloat16* down, bfloat16* hidden, bfloat16* y,
+                       int64_t* row_of_slot) {
   const Shape s = *shape;
   if (!sorted_slots(s, order, offsets)) return 0;
   const int64_t D = s.D, F = s.F;
@@ -100,9 +100,9 @@ int64_t moe_lm_forward(const Shape* shape, const bfloat16* x, const int64_t* ord
 // grad (N, D) of the output; grad_rows (M, D), whose sums over a token's slots are the gradient of x; grad_hidden (M, 2F)
 // and acts (M, F), each times its weight, are room. 0 as above.
 int64_t moe_lm_backward(const Shape* shape, const bfloat16* grad, const bfloat16* x, const float* weights,
-                     const int64_t* order, const int64_t* offsets, const bfloat16* gate_up, const bfloat16* down,
-                     const bfloat16* hidden, bfloat16* grad_hidden, bfloat16* acts, bfloat16* grad_rows,
-                     float* grad_weights, bfloat16* grad_gate_up, bfloat16* grad_down, int64_t* row_of_slot) {
+                        const int64_t* order, const int64_t* offsets, const bfloat16* gate_up, const bfloat16* down,
+                        const bfloat16* hidden, bfloat16* grad_hidden, bfloat16* acts, bfloat16* grad_rows,
+                        float* grad_weights, bfloat16* grad_gate_up, bfloat16* grad_down, int64_t* row_of_slot) {
   const Shape s = *shape;
   if (!sorted_slots(s, order, offsets)) return 0;
   const int64_t D = s.D, F = s.F;
@@ -111,15 +111,15 @@ int64_t moe_lm_backward(const Shape* shape, const bfloat16* grad, const bfloat16
   const auto token_row = [=](const bfloat16* of, int64_t row) { return of + order[row] / s.K * D; };
 #pragma omp parallel num_threads(s.threads)
   {
-    Pairs left, right;
+    Pairs out, up, left, right;
 #pragma omp for schedule(dynamic, 1)
     for (const Task& task : tasks) {
-      left.pack(D, F, [&](int64_t k) { return down + (task.expert * D + k) * F; });
-      right.pack(2 * F, D, [&](int64_t k) { return gate_up + (task.expert * 2 * F + k) * D; });
+      out.pack(D, F, [&](int64_t k) { return down + (task.expert * D + k) * F; });
+      up.pack(2 * F, D, [&](int64_t k) { return gate_up + (task.expert * 2 * F + k) * D; });
       const int64_t begin = offsets[task.expert] + task.first, end = begin + task.rows;
       for (int64_t row = begin; row < end; row += ROWS) {
         const int64_t rows = std::min(ROWS, end - row);
-        multiply(rows, [&](int64_t i) { return pairs(token_row(grad, row + i)); }, 1, left,
+        multiply(rows, [&](int64_t i) { return pairs(token_row(grad, row + i)); }, 1, out,
                  [&](int64_t i) { return acts + (row + i) * F; });
         for (int64_t i = row; i < row + rows; i++) {
           const int64_t slot = order[i];
@@ -127,7 +127,7 @@ int64_t moe_lm_backward(const Shape* shape, const bfloat16* grad, const bfloat16
           grad_weights[slot] =
               swiglu_backward_row(acts + i * F, hidden + i * 2 * F, weights[slot], grad_hidden + i * 2 * F, F);
         }
-        multiply(rows, [&](int64_t i) { return pairs(grad_hidden + (row + i) * 2 * F); }, 1, right,
+        multiply(rows, [&](int64_t i) { return pairs(grad_hidden + (row + i) * 2 * F); }, 1, up,
                  [&](int64_t i) { return grad_rows + (row + i) * D; });
       }
     }
