@@ -17,7 +17,8 @@ from kernels.registry import explain, select, use_backend
 __version__ = "0.1.0"
 __all__ = [
     "RouterStatistics", "Routing", "attention", "cross_entropy", "expert_mlp", "explain", "gate", "grouped_gemm",
-    "paged_attention", "rms_norm", "rope", "rope_append", "route", "router_statistics", "select", "use_backend",
+    "paged_attention", "rms_norm", "rope", "rope_append", "route", "router_statistics", "select", "swiglu",
+    "use_backend",
 ]  # fmt: skip
 
 
@@ -128,6 +129,11 @@ def expert_mlp(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Te
     x (N, D), gate_up (E, 2F, D) with gate rows before up rows, down (E, D, F), all of one dtype -> (N, D) in it.
     """
     return registry.call("expert_mlp", x, *routing, gate_up, down)
+
+
+def swiglu(hidden: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020): hidden (..., 2F), gate channels first -> (..., F)."""
+    return registry.call("swiglu", hidden)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:

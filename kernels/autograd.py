@@ -303,6 +303,37 @@ def expert_mlp(*args: Tensor) -> Tensor:
     return expert_mlp_forward(*args)[0]
 
 
+@library.custom_op("moe_kernels::swiglu", mutates_args=())
+def swiglu(hidden: Tensor) -> Tensor:
+    return implementation("swiglu", hidden).swiglu(hidden)
+
+
+@swiglu.register_fake
+def _(hidden):
+    return hidden.new_empty(*hidden.shape[:-1], hidden.shape[-1] // 2)
+
+
+@library.custom_op("moe_kernels::swiglu_backward", mutates_args=())
+def swiglu_backward(grad: Tensor, hidden: Tensor) -> Tensor:
+    return implementation("swiglu", hidden).swiglu_backward(grad, hidden)
+
+
+@swiglu_backward.register_fake
+def _(grad, hidden):
+    return torch.empty_like(hidden)
+
+
+def _swiglu_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _swiglu_backward(ctx, grad):
+    return swiglu_backward(grad, *ctx.saved_tensors)
+
+
+swiglu.register_autograd(_swiglu_backward, setup_context=_swiglu_setup)
+
+
 @library.custom_op("moe_kernels::attention_forward", mutates_args=())
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
     return implementation("attention", q, k, v, documents).attention_forward(q, k, v, documents)

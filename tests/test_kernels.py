@@ -24,6 +24,12 @@ def test_rms_norm(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 2), (5, 46), (2, 3, 64), (300, 96)])
+def test_swiglu(shape, dtype):
+    check(kernels.swiglu, {"hidden": torch.randn(shape) * 2}, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("N", "H", "C"), [(1, 1, 2), (63, 9, 32), (7, 3, 60)])
 def test_rope(N, H, C, dtype):
     angle = torch.rand(N, C // 2) * 100

@@ -11,8 +11,8 @@ wall-clock: M minutes inside their own training steps, the learning rate followi
 Before either both try the learning rates of --rates, multiples of their configs' (AdamW's and Muon's alike), with the
 first seed and a third of the steps or minutes, and each keeps its best: longer trainings want lower rates. They see the
 same data in the same order and take turns of a few seconds, so that other work on the machine slows both alike. With
---sweep mixtures of 4, 16 and 64 such experts are trained beside them; 1 is the dense model. Scores are held-out bits per
-byte, and the spread is that between seeds.
+--sweep mixtures of 4, 16 and 64 such experts are trained beside them; 1 is the dense model. Scores are held-out bits
+per byte, and the spread is that between seeds.
 
 With --json every finished round is kept in that file, one training a line, and the same command goes on there.
 """

@@ -40,7 +40,7 @@ class RMSNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020), gate and up in one matrix, gate rows first."""
+    """down(silu(gate(x)) * up(x)), gate and up in one matrix, gate rows first."""
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -48,8 +48,7 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(kernels.swiglu(self.gate_up_proj(x)))
 
 
 def rotary_angles(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
