@@ -57,8 +57,8 @@ def both_ways(inputs: dict, routing: kernels.Routing, grad: torch.Tensor) -> tup
 
 @needed
 def test_bits_do_not_depend_on_the_threads():
-    inputs, routing = case(300, 64, 48, 5, 2)
-    grad, found, before = torch.randn(300, 64), [], torch.get_num_threads()
+    inputs, routing = case(1000, 64, 48, 5, 2)
+    grad, found, before = torch.randn(1000, 64), [], torch.get_num_threads()
     try:
         for threads in (1, 2, 7):
             torch.set_num_threads(threads)

@@ -156,6 +156,36 @@ def test_route(passes, N, E, K, biased, normalize):
 
 
 @MODULES
+@BOTH
+@pytest.mark.parametrize(("N", "D", "E"), [(1, 1, 1), (33, 19, 5), (70, 160, 20)])
+def test_gate(passes, dtype, N, D, E):
+    x, weight, grad = torch.randn(N, D).to(dtype), torch.randn(E, D), torch.randn(N, E)
+    exact, exact_weight = x.double().requires_grad_(), weight.double().requires_grad_()
+    true = exact @ exact_weight.t()
+    true.backward(grad.double())
+    assert_near(passes.gate(x, weight), true.float().detach(), torch.float32, "logits")
+    grad_x, grad_weight = passes.gate_backward(grad, x, weight)
+    assert grad_x.dtype == dtype
+    assert_near(grad_x, exact.grad.float(), dtype, "dx")
+    assert_near(grad_weight, exact_weight.grad.float(), torch.float32, "dweight")
+
+
+@MODULES
+@pytest.mark.parametrize(("N", "E", "rows"), [(1, 1, 1), (60, 5, 3), (64, 40, 4)])
+def test_router_statistics(passes, N, E, rows):
+    logits, grad_probability, grad_z = torch.randn(N, E) * 3, torch.randn(rows, E), torch.tensor(0.7)
+    exact = logits.double().requires_grad_()
+    p = exact.softmax(1)
+    true = [p.view(rows, -1, E).mean(1), exact.logsumexp(1).square().mean(), -(p * p.log()).sum(1).mean(),
+            p.amax(1).mean()]  # fmt: skip
+    for got, want in zip(passes.router_statistics(logits, rows), true, strict=True):
+        torch.testing.assert_close(got, want.float().detach())
+    ((true[0] * grad_probability).sum() + true[1] * grad_z).backward()
+    found = passes.router_statistics_backward(logits, grad_probability, grad_z)
+    torch.testing.assert_close(found, exact.grad.float(), rtol=1e-4, atol=1e-6)
+
+
+@MODULES
 @pytest.mark.parametrize("size", [0, 2, 50])
 def test_place(passes, size):
     """Expert 1 has no slot, expert 2 has more than two."""
@@ -199,7 +229,7 @@ def test_the_portable_library_computes_the_same(monkeypatch):
     N, V, F, D = 33, 70, 19, 40
     inputs = {
         "logits": torch.randn(N, V), "hidden": torch.randn(N, 2 * F), "grad": torch.randn(N, F),
-        "x": torch.randn(N, D), "weight": torch.rand(D), "angle": torch.rand(N, D // 4),
+        "x": torch.randn(N, D), "weight": torch.rand(D), "angle": torch.rand(N, D // 4), "router": torch.randn(V, D),
     }  # fmt: skip
 
     def all_of(dtype):
@@ -211,6 +241,10 @@ def test_the_portable_library_computes_the_same(monkeypatch):
         return [
             torch.tensor(loss), logits, native_passes.swiglu(hidden), *native_passes.swiglu_backward(grad, hidden)[:1],
             native_passes.route(inputs["logits"], 2, None, False)[0], out, inverse,
+            native_passes.route(inputs["logits"][:, :13], 3, None, True)[1], native_passes.gate(x, inputs["router"]),
+            *native_passes.gate_backward(inputs["logits"], x, inputs["router"]),
+            *native_passes.router_statistics(inputs["logits"], 3),
+            native_passes.router_statistics_backward(inputs["logits"], inputs["logits"][:3], torch.tensor(0.5)),
             native_passes.rope(x.view(N, 2, D // 2), angle.cos(), angle.sin()),
         ]  # fmt: skip
 

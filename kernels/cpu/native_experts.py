@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.native import BuildError, build
+from kernels.cpu.native_passes import GRAIN
 from kernels.cpu.passes import passes
 
 WIDTH = 16
@@ -56,7 +57,8 @@ def suits(x: Tensor, gate_up: Tensor) -> bool:
 def run(name: str, x: Tensor, experts: Tensor, gate_up: Tensor, *tensors: Tensor) -> None:
     """Raises IndexError for slots that are not there."""
     E, doubled, D = gate_up.shape
-    shape = Shape(*experts.shape, D, doubled // 2, E, torch.get_num_threads())
+    threads = max(1, min(torch.get_num_threads(), experts.numel() * D // GRAIN))
+    shape = Shape(*experts.shape, D, doubled // 2, E, threads)
     for tensor in tensors:
         assert tensor.is_contiguous(), (name, tensor.shape, tensor.stride())
     if not getattr(library(), f"moe_lm_{name}")(shape, *[tensor.data_ptr() for tensor in tensors]):
