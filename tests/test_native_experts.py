@@ -1,4 +1,4 @@
-"""The experts in one C++ call: against the definition, on any number of threads, and where it cannot run."""
+"""The experts in one C++ call: against the definition, also without AVX-512, on any number of threads."""
 
 import math
 
@@ -9,17 +9,16 @@ from compare import check
 import kernels
 from kernels.cpu import expert_mlp, native_experts
 from kernels.cpu.native import BuildError
+from kernels.cpu.native_experts import fastest, library
 
-needed = pytest.mark.skipif(native_experts.rank() == native_experts.IMPOSSIBLE, reason="needs a CPU with AVX512-BF16")
 
-
-@pytest.fixture(params=["native", "batched"])
+@pytest.fixture(params=["native", "portable", "batched"])
 def products(request, monkeypatch):
-    """Which of both ways runs, whatever this machine would choose."""
-    if request.param == "native" and native_experts.rank() == native_experts.IMPOSSIBLE:
-        pytest.skip("needs a CPU with AVX512-BF16")
-    rank = native_experts.FASTER if request.param == "native" else native_experts.SLOWER
-    monkeypatch.setattr(native_experts, "rank", lambda: rank)
+    """Which of the ways runs, whatever this machine would choose."""
+    monkeypatch.setattr(native_experts, "fastest", lambda: request.param != "batched")
+    if request.param == "portable":
+        generic = library(generic=True)
+        monkeypatch.setattr(native_experts, "library", lambda: generic)
 
 
 def case(N: int, D: int, F: int, E: int, K: int, kind: str = "random") -> tuple[dict, kernels.Routing]:
@@ -55,7 +54,6 @@ def both_ways(inputs: dict, routing: kernels.Routing, grad: torch.Tensor) -> tup
     return out, hidden, *native_experts.backward(grad.bfloat16(), x, *routing, gate_up, down, hidden)
 
 
-@needed
 def test_bits_do_not_depend_on_the_threads():
     inputs, routing = case(1000, 64, 48, 5, 2)
     grad, found, before = torch.randn(1000, 64), [], torch.get_num_threads()
@@ -69,7 +67,6 @@ def test_bits_do_not_depend_on_the_threads():
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@needed
 def test_a_token_of_no_number_spoils_its_own_row_only():
     inputs, routing = case(120, 32, 16, 4, 2)
     grad = torch.randn(120, 32)
@@ -81,7 +78,6 @@ def test_a_token_of_no_number_spoils_its_own_row_only():
         assert torch.equal(got[torch.arange(120) != 7], want[torch.arange(120) != 7])
 
 
-@needed
 @pytest.mark.parametrize("spoil", ["order", "offsets"])
 def test_slots_that_are_not_there_are_refused(spoil):
     inputs, routing = case(20, 16, 16, 4, 2)
@@ -91,7 +87,7 @@ def test_slots_that_are_not_there_are_refused(spoil):
 
 
 def test_what_it_does_not_suit_goes_the_other_way(monkeypatch):
-    monkeypatch.setattr(native_experts, "rank", lambda: native_experts.FASTER)
+    monkeypatch.setattr(native_experts, "fastest", lambda: True)
     x, gate_up = torch.empty(4, 32), torch.empty(2, 64, 32)
     assert native_experts.suits(x.bfloat16(), gate_up)
     assert not native_experts.suits(x, gate_up)
@@ -104,15 +100,15 @@ def test_without_a_compiler_products_are_batched(monkeypatch):
         raise BuildError("no compiler")
 
     monkeypatch.setattr(native_experts, "build", fail)
-    native_experts.library.cache_clear()
-    native_experts.rank.cache_clear()
+    for cached in (library, fastest):
+        cached.cache_clear()
     try:
         inputs, routing = case(40, 16, 16, 4, 2)
         x, gate_up, down = (inputs[name].bfloat16() for name in ("x", "gate_up", "down"))
-        assert native_experts.rank() == native_experts.IMPOSSIBLE
+        assert not fastest()
         out, hidden = expert_mlp.expert_mlp_forward(x, *routing, gate_up, down)
         assert out.shape == x.shape
         assert len(hidden) >= 80
     finally:
-        native_experts.library.cache_clear()
-        native_experts.rank.cache_clear()
+        for cached in (library, fastest):
+            cached.cache_clear()

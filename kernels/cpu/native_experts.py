@@ -20,7 +20,6 @@ from kernels.cpu.passes import passes
 
 WIDTH = 16
 """D and F are multiples of this."""
-IMPOSSIBLE, SLOWER, FASTER = range(3)
 
 
 class Shape(ctypes.Structure):
@@ -30,28 +29,27 @@ class Shape(ctypes.Structure):
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    """The compiled library. Raises BuildError if it cannot be compiled."""
-    loaded = ctypes.CDLL(str(build("experts")))
-    loaded.moe_lm_rank.restype = c_int64
-    if loaded.moe_lm_rank() != IMPOSSIBLE:
-        for function, pointers in ((loaded.moe_lm_forward, 8), (loaded.moe_lm_backward, 15)):
-            function.argtypes, function.restype = [ctypes.POINTER(Shape), *[c_void_p] * pointers], c_int64
+def library(generic: bool = False) -> ctypes.CDLL:
+    """The compiled library; `generic` as in kernels.cpu.decoder. Raises BuildError if it cannot be compiled."""
+    loaded = ctypes.CDLL(str(build("experts", ("-DMOE_LM_GENERIC",) if generic else ())))
+    loaded.moe_lm_fastest.restype = c_int64
+    for function, pointers in ((loaded.moe_lm_forward, 8), (loaded.moe_lm_backward, 15)):
+        function.argtypes, function.restype = [ctypes.POINTER(Shape), *[c_void_p] * pointers], c_int64
     return loaded
 
 
 @functools.cache
-def rank() -> int:
-    """What this machine makes of it: IMPOSSIBLE, also without a compiler, SLOWER than oneDNN, or FASTER."""
+def fastest() -> bool:
+    """Whether it is faster than oneDNN's products on this machine; not without a compiler. May compile it."""
     try:
-        return library().moe_lm_rank()
+        return bool(library().moe_lm_fastest())
     except (BuildError, OSError):
-        return IMPOSSIBLE
+        return False
 
 
 def suits(x: Tensor, gate_up: Tensor) -> bool:
     """Whether it takes tokens x (N, D) and weights gate_up (E, 2F, D), and is the fastest here."""
-    return x.dtype == torch.bfloat16 and x.shape[1] % WIDTH == gate_up.shape[1] % (2 * WIDTH) == 0 and rank() == FASTER
+    return x.dtype == torch.bfloat16 and x.shape[1] % WIDTH == gate_up.shape[1] % (2 * WIDTH) == 0 and fastest()
 
 
 def run(name: str, x: Tensor, experts: Tensor, gate_up: Tensor, *tensors: Tensor) -> None:

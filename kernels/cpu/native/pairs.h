@@ -1,4 +1,5 @@
-// Products of bfloat16 matrices by AVX-512's pair products (VDPBF16PS): two of k at a time, summed in float32.
+// Products of bfloat16 matrices, two of k at a time, summed in float32: by AVX512-BF16's pair products (VDPBF16PS), or
+// by two fused multiply-adds, which are slower than a library's.
 //
 // Neighbours in k lie side by side as one 32-bit pair. The left operand is anything whose pairs are a fixed step apart
 // in every row, such as plain rows; the right one is packed, Pairs. A row of a product is a chain over k of its own, so
@@ -9,10 +10,11 @@
 #include <cstdint>
 #include <vector>
 
-#include "vector.h"
+#include "elements.h"
 
 #if defined(MOE_LM_AVX512) && defined(__AVX512BF16__)
 #define MOE_LM_PAIRS 1
+#endif
 
 typedef uint32_t Pair;
 
@@ -38,8 +40,8 @@ struct Pairs {
       const bfloat16 *even = row_of(k), *odd = k + 1 < depth ? row_of(k + 1) : nullptr;
       Pair* out = row(k / 2);
       for (int64_t i = 0; i < wide; i += LANES) {
-        const __m512i low = halves(even + i), high = odd ? halves(odd + i) : _mm512_setzero_si512();
-        _mm512_storeu_si512(out + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        const Bits both = halves(even + i) | (odd ? halves(odd + i) << 16 : Bits{});
+        memcpy(out + i, &both, sizeof both);
       }
     }
   }
@@ -51,41 +53,44 @@ struct Pairs {
       for (int64_t k = 0; k < depth; k += 2 * LANES) {
         const int64_t pairs = std::min<int64_t>(LANES, (depth - k) / 2);
         Floats x[LANES];
-        for (int j = 0; j < LANES; j++) {
-          const __mmask16 mask = pairs < LANES ? (1u << pairs) - 1 : 0xffff;
-          x[j] = (Floats)_mm512_maskz_loadu_epi32(mask, matrix + (i + j) * depth + k);
-        }
+        for (int j = 0; j < LANES; j++) x[j] = load_first((const float*)(matrix + (i + j) * depth + k), pairs);
         transpose(x);
         for (int64_t j = 0; j < pairs; j++) store((float*)row(k / 2 + j) + i, x[j]);
       }
   }
 
  private:
-  static INLINE __m512i halves(const bfloat16* p) {
-    return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  static INLINE Bits halves(const bfloat16* p) {
+    Halves h;
+    memcpy(&h, p, sizeof h);
+    return __builtin_convertvector(h, Bits);
   }
 };
+
+// sum plus the products of one pair with 16.
+INLINE Floats add_products(Floats sum_of, Pair left, Floats right) {
+#if defined(MOE_LM_PAIRS)
+  return (Floats)_mm512_dpbf16_ps((__m512)sum_of, (__m512bh)_mm512_set1_epi32(left), (__m512bh)right);
+#else
+  const Bits both = Bits{} + left, other = (Bits)right;
+  sum_of = fma((Floats)(both << 16), (Floats)(other << 16), sum_of);
+  return fma((Floats)(both & 0xffff0000u), (Floats)(other & 0xffff0000u), sum_of);
+#endif
+}
 
 // TALL rows by C vectors, to out[i] where it is not null: row i's pairs are a[i][0], a[i][step] ..
 template <int C>
 INLINE void block(const Pair* const* a, int64_t step, const Pair* b, int64_t stride, int64_t count,
                   bfloat16* const* out) {
-  __m512 sums[TALL][C];
-  for (auto& row : sums)
-    for (auto& each : row) each = _mm512_setzero_ps();
+  Floats sums[TALL][C] = {};
   for (int64_t k = 0; k < count; k++) {
-    __m512bh right[C];
-    for (int c = 0; c < C; c++) right[c] = (__m512bh)_mm512_loadu_si512(b + k * stride + c * LANES);
-    for (int i = 0; i < TALL; i++) {
-      const __m512bh left = (__m512bh)_mm512_set1_epi32(a[i][k * step]);
-      for (int c = 0; c < C; c++) sums[i][c] = _mm512_dpbf16_ps(sums[i][c], left, right[c]);
-    }
+    Floats right[C];
+    for (int c = 0; c < C; c++) right[c] = load((const float*)(b + k * stride) + c * LANES);
+    for (int i = 0; i < TALL; i++)
+      for (int c = 0; c < C; c++) sums[i][c] = add_products(sums[i][c], a[i][k * step], right[c]);
   }
   for (int i = 0; i < TALL; i++)
-    for (int c = 0; c < C && out[i]; c++) {
-      const __m256bh rounded = _mm512_cvtneps_pbh(sums[i][c]);
-      memcpy(out[i] + c * LANES, &rounded, sizeof rounded);
-    }
+    for (int c = 0; c < C && out[i]; c++) put(out[i] + c * LANES, sums[i][c], LANES);
 }
 
 // Rows [0, rows) of the left operand by b, to out_of(i): left_of(i) is where the pairs of row i begin, `step` apart.
@@ -108,4 +113,3 @@ void multiply(int64_t rows, Left left_of, int64_t step, const Pairs& b, Out out_
     column += whole ? WIDE * LANES : LANES;
   }
 }
-#endif
