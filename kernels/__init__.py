@@ -126,9 +126,13 @@ def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 def expert_mlp(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
     """Send tokens through their experts' SwiGLU MLPs and add the results by router weight (Shazeer 2020; Mixtral).
 
-    x (N, D), gate_up (E, 2F, D) with gate rows before up rows, down (E, D, F), all of one dtype -> (N, D) in it.
+    x (N, D), gate_up (E, 2F, D) with gate rows before up rows, down (E, D, F) -> (N, D) in x's dtype, to which weights
+    of another are rounded. Gradients have the dtype of what they are of.
     """
-    return registry.call("expert_mlp", x, *routing, gate_up, down)
+    args = (x, *routing, gate_up, down)
+    if gate_up.dtype != x.dtype and not registry.is_fast("expert_mlp", args):
+        args = (x, *routing, gate_up.to(x.dtype), down.to(x.dtype))
+    return registry.call("expert_mlp", *args)
 
 
 def swiglu(hidden: Tensor) -> Tensor:

@@ -84,6 +84,12 @@ def select(op: str, args: tuple[Any, ...]) -> str:
     raise AssertionError("the reference supports everything")
 
 
+def is_fast(op: str, args: tuple[Any, ...]) -> bool:
+    """Whether the fast backend of the device, or the one that `use_backend` asks for, takes these arguments."""
+    names = BACKENDS.get(device_of(args).type, ()) if _forced is None else (_forced,)
+    return any(name != "reference" and reason_against(name, op, args) is None for name in names)
+
+
 def explain(op: str, args: tuple[Any, ...]) -> dict[str, str]:
     """Every known backend with `chosen`, `available` or the reason against it, for `op(*args)`."""
     chosen = select(op, args)

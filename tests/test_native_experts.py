@@ -48,6 +48,31 @@ def test_it_is_the_definition(N, D, F, E, K, kind, products):
     check(op, inputs, torch.bfloat16, wide=("weights",))
 
 
+@pytest.mark.parametrize(("N", "D", "F", "E", "K"), [(63, 48, 80, 16, 2), (450, 128, 64, 4, 2)])
+def test_weights_of_float32_are_rounded_as_they_are_read(N, D, F, E, K, products, request):
+    inputs, routing = case(N, D, F, E, K)
+    x, grad = inputs["x"].bfloat16(), torch.randn(N, D).bfloat16()
+
+    def run(dtype):
+        gate_up, down = (inputs[name].detach().to(dtype).requires_grad_() for name in ("gate_up", "down"))
+        out = kernels.expert_mlp(x, routing, gate_up, down)
+        out.backward(grad)
+        return out, gate_up.grad, down.grad
+
+    (out, *exact), (rounded_out, *rounded) = run(torch.float32), run(torch.bfloat16)
+    assert torch.equal(out, rounded_out)
+    for wide, narrow in zip(exact, rounded, strict=True):
+        assert wide.dtype == torch.float32
+        assert torch.equal(wide.bfloat16(), narrow)
+        if request.node.callspec.params["products"] != "batched":
+            assert not torch.equal(wide, narrow.float())
+
+    def op(x, weights, gate_up, down):
+        return kernels.expert_mlp(x, routing._replace(weights=weights), gate_up, down)
+
+    check(op, inputs, torch.bfloat16, wide=("weights", "gate_up", "down"))
+
+
 def both_ways(inputs: dict, routing: kernels.Routing, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
     x, gate_up, down = (inputs[name].bfloat16() for name in ("x", "gate_up", "down"))
     out, hidden = native_experts.forward(x, *routing, gate_up, down)
@@ -89,8 +114,10 @@ def test_slots_that_are_not_there_are_refused(spoil):
 def test_what_it_does_not_suit_goes_the_other_way(monkeypatch):
     monkeypatch.setattr(native_experts, "fastest", lambda: True)
     x, gate_up = torch.empty(4, 32), torch.empty(2, 64, 32)
-    assert native_experts.suits(x.bfloat16(), gate_up)
+    for dtype, suited in ((torch.bfloat16, True), (torch.float32, True), (torch.float16, False)):
+        assert native_experts.suits(x.bfloat16(), gate_up.to(dtype)) == suited
     assert not native_experts.suits(x, gate_up)
+    assert not expert_mlp.rounds(x.bfloat16(), gate_up, gate_up.bfloat16())
     assert not native_experts.suits(torch.empty(4, 24).bfloat16(), gate_up)
     assert not native_experts.suits(x.bfloat16(), torch.empty(2, 48, 32))
 

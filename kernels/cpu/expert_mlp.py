@@ -45,7 +45,15 @@ class Layout(NamedTuple):
 def unsupported(
     x: Tensor, weights: Tensor, experts: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor
 ) -> str | None:
-    return unsupported_dtype(x)
+    if gate_up.dtype == down.dtype == x.dtype or rounds(x, gate_up, down):
+        return unsupported_dtype(x)
+    return f"wants tokens and weights of one dtype here, not {x.dtype}, {gate_up.dtype} and {down.dtype}"
+
+
+def rounds(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
+    """Whether weights of float32 need no copy in x's dtype, nor their gradients one in it."""
+    wide = gate_up.dtype == down.dtype == torch.float32
+    return wide and not torch.compiler.is_compiling() and native_experts.suits(x, gate_up)
 
 
 def expert_mlp(
@@ -66,8 +74,8 @@ def one_by_one(
     y = torch.empty_like(rows)
     for e, (start, end) in enumerate(itertools.pairwise(starts)):
         if end > start:
-            act = passes().swiglu(torch.mm(rows[start:end], gate_up[e].t()))
-            torch.mm(act, down[e].t(), out=y[start:end])
+            act = passes().swiglu(torch.mm(rows[start:end], gate_up[e].to(x.dtype).t()))
+            torch.mm(act, down[e].to(x.dtype).t(), out=y[start:end])
     return passes().combine(y, weights, row_of_slot)
 
 

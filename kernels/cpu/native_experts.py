@@ -25,7 +25,7 @@ WIDTH = 16
 class Shape(ctypes.Structure):
     """`Shape` of experts.cpp."""
 
-    _fields_ = [(name, c_int64) for name in ("N", "K", "D", "F", "E", "threads")]
+    _fields_ = [(name, c_int64) for name in ("N", "K", "D", "F", "E", "threads", "wide")]
 
 
 @functools.cache
@@ -49,14 +49,15 @@ def fastest() -> bool:
 
 def suits(x: Tensor, gate_up: Tensor) -> bool:
     """Whether it takes tokens x (N, D) and weights gate_up (E, 2F, D), and is the fastest here."""
-    return x.dtype == torch.bfloat16 and x.shape[1] % WIDTH == gate_up.shape[1] % (2 * WIDTH) == 0 and fastest()
+    known = x.dtype == torch.bfloat16 and gate_up.dtype in (torch.bfloat16, torch.float32)
+    return known and x.shape[1] % WIDTH == gate_up.shape[1] % (2 * WIDTH) == 0 and fastest()
 
 
 def run(name: str, x: Tensor, experts: Tensor, gate_up: Tensor, *tensors: Tensor) -> None:
     """Raises IndexError for slots that are not there."""
     E, doubled, D = gate_up.shape
     threads = max(1, min(torch.get_num_threads(), experts.numel() * D // GRAIN))
-    shape = Shape(*experts.shape, D, doubled // 2, E, threads)
+    shape = Shape(*experts.shape, D, doubled // 2, E, threads, gate_up.dtype == torch.float32)
     for tensor in tensors:
         assert tensor.is_contiguous(), (name, tensor.shape, tensor.stride())
     if not getattr(library(), f"moe_lm_{name}")(shape, *[tensor.data_ptr() for tensor in tensors]):
@@ -66,7 +67,10 @@ def run(name: str, x: Tensor, experts: Tensor, gate_up: Tensor, *tensors: Tensor
 def forward(
     x: Tensor, weights: Tensor, experts: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Output (N, D), and the pre-activations (M, 2F) that the backward needs."""
+    """Output (N, D), and the pre-activations (M, 2F) that the backward needs.
+
+    gate_up and down are bfloat16, or both float32, rounded as they are read.
+    """
     hidden, y = x.new_empty(len(order), gate_up.shape[1]), x.new_empty(len(order), x.shape[1])
     row_of_slot = torch.empty_like(experts, memory_format=torch.contiguous_format)
     given = [each.contiguous() for each in (x, order, offsets, gate_up, down)]
@@ -78,7 +82,7 @@ def backward(
     grad: Tensor, x: Tensor, weights: Tensor, experts: Tensor, order: Tensor, offsets: Tensor, gate_up: Tensor,
     down: Tensor, hidden: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x (N, D), weights (N, K) float32, gate_up (E, 2F, D) and down (E, D, F)."""
+    """Gradients of x (N, D), weights (N, K) float32, gate_up (E, 2F, D) and down (E, D, F), both in theirs."""
     given = [each.contiguous() for each in (grad, x, weights, order, offsets, gate_up, down, hidden)]
     grad_hidden, acts = torch.empty_like(given[-1]), x.new_empty(len(order), down.shape[2])
     grad_rows, grad_weights = x.new_empty(len(order), x.shape[1]), torch.empty_like(given[2])

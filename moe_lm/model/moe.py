@@ -36,7 +36,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
 
     def forward(self, x: Tensor, routing: kernels.Routing) -> Tensor:
-        return kernels.expert_mlp(x, routing, self.gate_up_proj.to(x.dtype), self.down_proj.to(x.dtype))
+        return kernels.expert_mlp(x, routing, self.gate_up_proj, self.down_proj)
 
 
 class MoE(nn.Module):

@@ -14,16 +14,21 @@ INLINE void put(float* p, Floats x, int64_t n) {
   memcpy(p, &x, n * sizeof(float));
 }
 
-INLINE void put(bfloat16* p, Floats x, int64_t n) {
+// The nearest bfloat16 values, as `round_bfloat16` has them; the processor's own instruction takes those below 2^-126 for 0.
+INLINE Halves narrow(Floats x) {
 #if defined(MOE_LM_AVX512) && defined(__AVX512BF16__)
-  if (n >= LANES) {
-    __m256bh h = _mm512_cvtneps_pbh((__m512)x);
-    memcpy(p, &h, sizeof h);
-    return;
-  }
+  return (Halves)_mm512_cvtneps_pbh((__m512)x);
+#else
+  return __builtin_convertvector((Bits)round_bfloat16(x) >> 16, Halves);
 #endif
-  Halves h = __builtin_convertvector((Bits)round_bfloat16(x) >> 16, Halves);
-  memcpy(p, &h, (n >= LANES ? LANES : n) * sizeof(bfloat16));
+}
+
+INLINE void put(bfloat16* p, Floats x, int64_t n) {
+  const Halves h = narrow(x);
+  if (n >= LANES)
+    memcpy(p, &h, sizeof h);  // a size that is known needs no call
+  else
+    memcpy(p, &h, n * sizeof(bfloat16));
 }
 
 INLINE float value(float x) { return x; }

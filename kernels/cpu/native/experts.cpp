@@ -23,6 +23,7 @@ namespace {
 
 struct Shape {  // kernels/cpu/native_experts.py declares the same fields in the same order
   int64_t N, K, D, F, E, threads;
+  int64_t wide;  // whether the weights and their gradients are float32, which is rounded as it is read
 };
 
 struct Task {
@@ -55,15 +56,10 @@ bool sorted_slots(const Shape& s, const int64_t* order, const int64_t* offsets) 
 
 const Pair* pairs(const bfloat16* row) { return (const Pair*)row; }
 
-}  // namespace
-
-extern "C" {
-
 // hidden (M, 2F), y (M, D), row_of_slot (N, K). 0, and nothing done, where `order` and `offsets` are no routing's.
-int64_t moe_lm_forward(const Shape* shape, const bfloat16* x, const int64_t* order, const int64_t* offsets,
-                       const bfloat16* gate_up, const bfloat16* down, bfloat16* hidden, bfloat16* y,
-                       int64_t* row_of_slot) {
-  const Shape s = *shape;
+template <class Weight>
+int64_t forward(const Shape& s, const bfloat16* x, const int64_t* order, const int64_t* offsets, const Weight* gate_up,
+                const Weight* down, bfloat16* hidden, bfloat16* y, int64_t* row_of_slot) {
   if (!sorted_slots(s, order, offsets)) return 0;
   const int64_t D = s.D, F = s.F;
   const auto tasks = share_out(s, [=](int64_t e) { return offsets[e + 1] - offsets[e]; });
@@ -94,11 +90,11 @@ int64_t moe_lm_forward(const Shape* shape, const bfloat16* x, const int64_t* ord
 
 // grad (N, D) of the output; grad_rows (M, D), whose sums over a token's slots are the gradient of x; grad_hidden (M, 2F)
 // and acts (M, F), each times its weight, are room. 0 as above.
-int64_t moe_lm_backward(const Shape* shape, const bfloat16* grad, const bfloat16* x, const float* weights,
-                        const int64_t* order, const int64_t* offsets, const bfloat16* gate_up, const bfloat16* down,
-                        const bfloat16* hidden, bfloat16* grad_hidden, bfloat16* acts, bfloat16* grad_rows,
-                        float* grad_weights, bfloat16* grad_gate_up, bfloat16* grad_down, int64_t* row_of_slot) {
-  const Shape s = *shape;
+template <class Weight>
+int64_t backward(const Shape& s, const bfloat16* grad, const bfloat16* x, const float* weights, const int64_t* order,
+                 const int64_t* offsets, const Weight* gate_up, const Weight* down, const bfloat16* hidden,
+                 bfloat16* grad_hidden, bfloat16* acts, bfloat16* grad_rows, float* grad_weights,
+                 Weight* grad_gate_up, Weight* grad_down, int64_t* row_of_slot) {
   if (!sorted_slots(s, order, offsets)) return 0;
   const int64_t D = s.D, F = s.F;
   const auto tasks = share_out(s, [=](int64_t e) { return offsets[e + 1] - offsets[e]; });
@@ -131,23 +127,48 @@ int64_t moe_lm_backward(const Shape* shape, const bfloat16* grad, const bfloat16
       const int64_t e = task.expert, begin = offsets[e], depth = offsets[e + 1] - begin;
       const int64_t end = task.first + task.rows, of_down = std::min(end, D) - task.first;
       if (of_down > 0) {
-        bfloat16* to = grad_down + (e * D + task.first) * F;
+        Weight* to = grad_down + (e * D + task.first) * F;
         left.pack(depth, D, [&](int64_t k) { return token_row(grad, begin + k); });
         right.pack(depth, F, [&](int64_t k) { return acts + (begin + k) * F; });
-        multiply(of_down, [&](int64_t i) { return left.row(0) + task.first + i; }, left.stride, right,
+        multiply(of_down, [&](int64_t i) { return left.at(0, task.first + i); }, PANEL, right,
                  [&](int64_t i) { return to + i * F; });
       }
       const int64_t first = std::max(task.first, D) - D;
       if (end > D) {
-        bfloat16* to = grad_gate_up + (e * 2 * F + first) * D;
+        Weight* to = grad_gate_up + (e * 2 * F + first) * D;
         left.pack(depth, 2 * F, [&](int64_t k) { return grad_hidden + (begin + k) * 2 * F; });
         right.pack(depth, D, [&](int64_t k) { return token_row(x, begin + k); });
-        multiply(end - D - first, [&](int64_t i) { return left.row(0) + first + i; }, left.stride, right,
+        multiply(end - D - first, [&](int64_t i) { return left.at(0, first + i); }, PANEL, right,
                  [&](int64_t i) { return to + i * D; });
       }
     }
   }
   return 1;
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t moe_lm_forward(const Shape* shape, const bfloat16* x, const int64_t* order, const int64_t* offsets,
+                       const void* gate_up, const void* down, bfloat16* hidden, bfloat16* y, int64_t* row_of_slot) {
+  const auto run = [&](auto of) {
+    typedef decltype(of) Weight;
+    return forward(*shape, x, order, offsets, (const Weight*)gate_up, (const Weight*)down, hidden, y, row_of_slot);
+  };
+  return shape->wide ? run(float()) : run(bfloat16());
+}
+
+int64_t moe_lm_backward(const Shape* shape, const bfloat16* grad, const bfloat16* x, const float* weights,
+                        const int64_t* order, const int64_t* offsets, const void* gate_up, const void* down,
+                        const bfloat16* hidden, bfloat16* grad_hidden, bfloat16* acts, bfloat16* grad_rows,
+                        float* grad_weights, void* grad_gate_up, void* grad_down, int64_t* row_of_slot) {
+  const auto run = [&](auto of) {
+    typedef decltype(of) Weight;
+    return backward(*shape, grad, x, weights, order, offsets, (const Weight*)gate_up, (const Weight*)down, hidden,
+                    grad_hidden, acts, grad_rows, grad_weights, (Weight*)grad_gate_up, (Weight*)grad_down, row_of_slot);
+  };
+  return shape->wide ? run(float()) : run(bfloat16());
 }
 
 }  // extern "C"
