@@ -23,6 +23,18 @@ def _same_start():
         torch.manual_seed(0)
 
 
+@pytest.fixture(params=["native", "portable", "batched"])
+def products(request, monkeypatch):
+    """Which products a training on a CPU runs on, whatever this machine would choose: of pairs, of pairs without what
+    only some CPUs can do, or oneDNN's."""
+    from kernels.cpu import pairs
+
+    monkeypatch.setattr(pairs, "fastest", lambda: request.param != "batched")
+    if request.param == "portable":
+        monkeypatch.setattr(pairs, "library", functools.partial(pairs.library, generic=True))
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     from tiny_run import write_corpus

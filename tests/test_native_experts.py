@@ -7,18 +7,8 @@ import torch
 from compare import check
 
 import kernels
-from kernels.cpu import expert_mlp, native_experts
+from kernels.cpu import expert_mlp, native_experts, pairs
 from kernels.cpu.native import BuildError
-from kernels.cpu.native_experts import fastest, library
-
-
-@pytest.fixture(params=["native", "portable", "batched"])
-def products(request, monkeypatch):
-    """Which of the ways runs, whatever this machine would choose."""
-    monkeypatch.setattr(native_experts, "fastest", lambda: request.param != "batched")
-    if request.param == "portable":
-        generic = library(generic=True)
-        monkeypatch.setattr(native_experts, "library", lambda: generic)
 
 
 def case(N: int, D: int, F: int, E: int, K: int, kind: str = "random") -> tuple[dict, kernels.Routing]:
@@ -49,7 +39,7 @@ def test_it_is_the_definition(N, D, F, E, K, kind, products):
 
 
 @pytest.mark.parametrize(("N", "D", "F", "E", "K"), [(63, 48, 80, 16, 2), (450, 128, 64, 4, 2)])
-def test_weights_of_float32_are_rounded_as_they_are_read(N, D, F, E, K, products, request):
+def test_weights_of_float32_are_rounded_as_they_are_read(N, D, F, E, K, products):
     inputs, routing = case(N, D, F, E, K)
     x, grad = inputs["x"].bfloat16(), torch.randn(N, D).bfloat16()
 
@@ -64,7 +54,7 @@ def test_weights_of_float32_are_rounded_as_they_are_read(N, D, F, E, K, products
     for wide, narrow in zip(exact, rounded, strict=True):
         assert wide.dtype == torch.float32
         assert torch.equal(wide.bfloat16(), narrow)
-        if request.node.callspec.params["products"] != "batched":
+        if products != "batched":
             assert not torch.equal(wide, narrow.float())
 
     def op(x, weights, gate_up, down):
@@ -112,7 +102,7 @@ def test_slots_that_are_not_there_are_refused(spoil):
 
 
 def test_what_it_does_not_suit_goes_the_other_way(monkeypatch):
-    monkeypatch.setattr(native_experts, "fastest", lambda: True)
+    monkeypatch.setattr(pairs, "fastest", lambda: True)
     x, gate_up = torch.empty(4, 32), torch.empty(2, 64, 32)
     for dtype, suited in ((torch.bfloat16, True), (torch.float32, True), (torch.float16, False)):
         assert native_experts.suits(x.bfloat16(), gate_up.to(dtype)) == suited
@@ -126,16 +116,16 @@ def test_without_a_compiler_products_are_batched(monkeypatch):
     def fail(*_):
         raise BuildError("no compiler")
 
-    monkeypatch.setattr(native_experts, "build", fail)
-    for cached in (library, fastest):
+    monkeypatch.setattr(pairs, "build", fail)
+    for cached in (pairs.library, pairs.fastest):
         cached.cache_clear()
     try:
         inputs, routing = case(40, 16, 16, 4, 2)
         x, gate_up, down = (inputs[name].bfloat16() for name in ("x", "gate_up", "down"))
-        assert not fastest()
+        assert not pairs.fastest()
         out, hidden = expert_mlp.expert_mlp_forward(x, *routing, gate_up, down)
         assert out.shape == x.shape
         assert len(hidden) >= 80
     finally:
-        for cached in (library, fastest):
+        for cached in (pairs.library, pairs.fastest):
             cached.cache_clear()

@@ -1,7 +1,7 @@
-"""Causal attention over whole rows with few key-value heads, a block of queries at a time.
+"""Causal attention over whole rows with few key-value heads: native_attention where that suits, else by blocks.
 
-The R = H / G query heads that share a key head are the rows of one bfloat16 product, whose keys beyond the block's last
-query are left out. What is between the products is one pass over the scores.
+A block is some queries: the R = H / G heads that share a key head are the rows of one bfloat16 product, whose keys
+beyond the block's last query are left out. What is between the products is one pass over the scores.
 
 B rows of T tokens, H query heads, G key-value heads, R = H / G, C channels, I queries in a block, J keys it can see.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.cpu import unsupported_dtype
+from kernels.cpu import native_attention, unsupported_dtype
 from kernels.cpu.passes import passes
 
 BLOCK_ELEMENTS = 1 << 21
@@ -39,6 +39,9 @@ def blocks(B: int, T: int, R: int) -> Iterator[tuple[slice, slice, slice]]:
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
     """Output (B, T, H, C) and the log-sum-exp of every query's scores, float32 (B, T, H)."""
+    starts = native_attention.starts(q, documents)
+    if starts is not None:
+        return native_attention.forward(q, k, v, starts)
     B, T, H, C = q.shape
     G, R = k.shape[2], H // k.shape[2]
     documents = only_if_several(documents)
@@ -70,6 +73,9 @@ def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v (Dao et al. 2022, algorithm 4): P is made again from the scores and their sums."""
+    starts = native_attention.starts(q, documents)
+    if starts is not None:
+        return native_attention.backward(grad, q, k, v, starts, out, lse)
     B, T, H, C = q.shape
     G, R = k.shape[2], H // k.shape[2]
     documents = only_if_several(documents)

@@ -1,4 +1,4 @@
-"""The experts' MLPs in one call of a C++ library (native/experts.cpp), for CPUs with AVX512-BF16, not AMX.
+"""The experts' MLPs in one call of a C++ library (native/experts.cpp), see kernels.cpu.pairs.
 
 N tokens, K experts per token, D hidden width, F expert width, E experts, M = N * K slots. Each expert multiplies as
 many rows as it has, from gathering to SwiGLU in its core's cache. Products that share a size, side by side in one call,
@@ -8,18 +8,13 @@ cores of an EPYC of 2024).
 """
 
 import ctypes
-import functools
-from ctypes import c_int64, c_void_p
+from ctypes import c_int64
 
 import torch
 from torch import Tensor
 
-from kernels.cpu.native import BuildError, build
-from kernels.cpu.native_passes import GRAIN
+from kernels.cpu import pairs
 from kernels.cpu.passes import passes
-
-WIDTH = 16
-"""D and F are multiples of this."""
 
 
 class Shape(ctypes.Structure):
@@ -28,39 +23,17 @@ class Shape(ctypes.Structure):
     _fields_ = [(name, c_int64) for name in ("N", "K", "D", "F", "E", "threads", "wide")]
 
 
-@functools.cache
-def library(generic: bool = False) -> ctypes.CDLL:
-    """The compiled library; `generic` as in kernels.cpu.decoder. Raises BuildError if it cannot be compiled."""
-    loaded = ctypes.CDLL(str(build("experts", ("-DMOE_LM_GENERIC",) if generic else ())))
-    loaded.moe_lm_fastest.restype = c_int64
-    for function, pointers in ((loaded.moe_lm_forward, 8), (loaded.moe_lm_backward, 15)):
-        function.argtypes, function.restype = [ctypes.POINTER(Shape), *[c_void_p] * pointers], c_int64
-    return loaded
-
-
-@functools.cache
-def fastest() -> bool:
-    """Whether it is faster than oneDNN's products on this machine; not without a compiler. May compile it."""
-    try:
-        return bool(library().moe_lm_fastest())
-    except (BuildError, OSError):
-        return False
-
-
 def suits(x: Tensor, gate_up: Tensor) -> bool:
     """Whether it takes tokens x (N, D) and weights gate_up (E, 2F, D), and is the fastest here."""
     known = x.dtype == torch.bfloat16 and gate_up.dtype in (torch.bfloat16, torch.float32)
-    return known and x.shape[1] % WIDTH == gate_up.shape[1] % (2 * WIDTH) == 0 and fastest()
+    return known and x.shape[1] % pairs.WIDTH == gate_up.shape[1] % (2 * pairs.WIDTH) == 0 and pairs.fastest()
 
 
 def run(name: str, x: Tensor, experts: Tensor, gate_up: Tensor, *tensors: Tensor) -> None:
     """Raises IndexError for slots that are not there."""
     E, doubled, D = gate_up.shape
-    threads = max(1, min(torch.get_num_threads(), experts.numel() * D // GRAIN))
-    shape = Shape(*experts.shape, D, doubled // 2, E, threads, gate_up.dtype == torch.float32)
-    for tensor in tensors:
-        assert tensor.is_contiguous(), (name, tensor.shape, tensor.stride())
-    if not getattr(library(), f"moe_lm_{name}")(shape, *[tensor.data_ptr() for tensor in tensors]):
+    threads, wide = pairs.threads(experts.numel() * D), gate_up.dtype == torch.float32
+    if not pairs.run("experts", name, Shape(*experts.shape, D, doubled // 2, E, threads, wide), *tensors):
         raise IndexError(f"order and offsets are not the {experts.numel()} slots of a routing.")
 
 

@@ -6,18 +6,8 @@
 // its second-level cache.
 #include <omp.h>
 
-#include "amx.h"
 #include "elements.h"
 #include "pairs.h"
-
-// Whether these products are faster here than oneDNN's, which has AMX, several times faster than pairs, where that is.
-extern "C" int64_t moe_lm_fastest() {
-#if defined(MOE_LM_PAIRS) && !defined(MOE_LM_AMX)
-  return 1;
-#else
-  return 0;
-#endif
-}
 
 namespace {
 
@@ -54,8 +44,6 @@ bool sorted_slots(const Shape& s, const int64_t* order, const int64_t* offsets) 
          std::all_of(order, order + slots, [=](int64_t slot) { return slot >= 0 && slot < slots; });
 }
 
-const Pair* pairs(const bfloat16* row) { return (const Pair*)row; }
-
 // hidden (M, 2F), y (M, D), row_of_slot (N, K). 0, and nothing done, where `order` and `offsets` are no routing's.
 template <class Weight>
 int64_t forward(const Shape& s, const bfloat16* x, const int64_t* order, const int64_t* offsets, const Weight* gate_up,
@@ -69,8 +57,8 @@ int64_t forward(const Shape& s, const bfloat16* x, const int64_t* order, const i
     std::vector<bfloat16> act(ROWS * F);
 #pragma omp for schedule(dynamic, 1)
     for (const Task& task : tasks) {
-      up.pack_transposed(gate_up + task.expert * 2 * F * D, 2 * F, D);
-      out.pack_transposed(down + task.expert * D * F, D, F);
+      up.pack_transposed(2 * F, D, [&](int64_t i) { return gate_up + (task.expert * 2 * F + i) * D; });
+      out.pack_transposed(D, F, [&](int64_t i) { return down + (task.expert * D + i) * F; });
       const int64_t begin = offsets[task.expert] + task.first, end = begin + task.rows;
       for (int64_t row = begin; row < end; row += ROWS) {
         const int64_t rows = std::min(ROWS, end - row);

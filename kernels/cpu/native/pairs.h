@@ -11,13 +11,25 @@
 #include <type_traits>
 #include <vector>
 
+#include "amx.h"
 #include "elements.h"
 
 #if defined(MOE_LM_AVX512) && defined(__AVX512BF16__)
 #define MOE_LM_PAIRS 1
 #endif
 
+// Whether these products are faster here than oneDNN's, which has AMX, several times faster than pairs, where that is.
+extern "C" int64_t moe_lm_fastest() {
+#if defined(MOE_LM_PAIRS) && !defined(MOE_LM_AMX)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 typedef uint32_t Pair;
+
+inline const Pair* pairs(const bfloat16* row) { return (const Pair*)row; }
 
 constexpr int64_t TALL = 6, WIDE = 4;  // rows, and vectors of 16 columns, of a block: 24 of 32 registers are its sums
 constexpr int64_t PANEL = WIDE * LANES;
@@ -50,15 +62,15 @@ struct Pairs {
     }
   }
 
-  // Of the transpose of matrix (wide, depth), both multiples of 16: its pairs lie in its rows.
-  template <class T>
-  void pack_transposed(const T* matrix, int64_t wide, int64_t depth) {
+  // Of the transpose of a matrix whose rows are row_of(i), i < wide, both multiples of 16: its pairs lie in its rows.
+  template <class F>
+  void pack_transposed(int64_t wide, int64_t depth, F row_of) {
     resize(depth, wide);
     for (int64_t i = 0; i < wide; i += LANES)
       for (int64_t k = 0; k < depth; k += 2 * LANES) {
         const int64_t pairs = std::min<int64_t>(LANES, (depth - k) / 2);
         Floats x[LANES];
-        for (int j = 0; j < LANES; j++) x[j] = neighbours(matrix + (i + j) * depth + k, pairs);
+        for (int j = 0; j < LANES; j++) x[j] = neighbours(row_of(i + j) + k, pairs);
         transpose(x);
         for (int64_t j = 0; j < pairs; j++) store((float*)at(k / 2 + j, i), x[j]);
       }
@@ -93,8 +105,12 @@ INLINE Floats add_products(Floats sum_of, Pair left, Floats right) {
 #endif
 }
 
-// TALL rows by C vectors, to out[i] where it is not null: row i's pairs are a[i][0], a[i][step] ..
-template <int C, class T>
+struct Span {
+  int64_t begin, end;
+};
+
+// TALL rows by C vectors, to out[i] where it is not null, or added to it: row i's pairs are a[i][0], a[i][step] ..
+template <bool ADD, int C, class T>
 INLINE void block(const Pair* const* a, int64_t step, const Pair* b, int64_t count, T* const* out) {
   Floats sums[TALL][C] = {};
   for (int64_t k = 0; k < count; k++) {
@@ -104,27 +120,41 @@ INLINE void block(const Pair* const* a, int64_t step, const Pair* b, int64_t cou
       for (int c = 0; c < C; c++) sums[i][c] = add_products(sums[i][c], a[i][k * step], right[c]);
   }
   for (int i = 0; i < TALL; i++)
-    for (int c = 0; c < C && out[i]; c++) put(out[i] + c * LANES, sums[i][c], LANES);
+    for (int c = 0; c < C && out[i]; c++) {
+      T* to = out[i] + c * LANES;
+      put(to, ADD ? load(to) + sums[i][c] : sums[i][c], LANES);
+    }
 }
 
-// Rows [0, rows) of the left operand by b, to out_of(i): left_of(i) is where the pairs of row i begin, `step` apart.
-template <class Left, class Out>
-void multiply(int64_t rows, Left left_of, int64_t step, const Pairs& b, Out out_of) {
+// Rows [0, rows) of the left operand by some columns of b, over some of its pairs, to out_of(i) + column, or added to
+// what is there. left_of(i) is where pair 0 of row i is, the next one `step` further. Columns begin with a panel.
+template <bool ADD = false, class Left, class Out>
+void multiply(int64_t rows, Left left_of, int64_t step, const Pairs& b, Span columns, Span pairs, Out out_of) {
   using T = std::remove_pointer_t<decltype(out_of(0))>;
-  for (int64_t column = 0; column < b.columns;) {
-    const bool whole = b.columns - column >= PANEL;
+  const int64_t count = pairs.end - pairs.begin;
+  for (int64_t column = columns.begin; column < columns.end; column += PANEL) {
+    const int64_t vectors = std::min(WIDE, (columns.end - column) / LANES);
+    const Pair* right = b.at(pairs.begin, column);
     for (int64_t i = 0; i < rows; i += TALL) {
       const Pair* a[TALL];
       T* out[TALL];
       for (int j = 0; j < TALL; j++) {
-        a[j] = left_of(std::min(i + j, rows - 1));
+        a[j] = left_of(std::min(i + j, rows - 1)) + pairs.begin * step;
         out[j] = i + j < rows ? out_of(i + j) + column : nullptr;
       }
-      if (whole)
-        block<WIDE>(a, step, b.at(0, column), b.count, out);
+      if (vectors == 4)
+        block<ADD, 4>(a, step, right, count, out);
+      else if (vectors == 3)
+        block<ADD, 3>(a, step, right, count, out);
+      else if (vectors == 2)
+        block<ADD, 2>(a, step, right, count, out);
       else
-        block<1>(a, step, b.at(0, column), b.count, out);
+        block<ADD, 1>(a, step, right, count, out);
     }
-    column += whole ? PANEL : LANES;
   }
+}
+
+template <class Left, class Out>
+void multiply(int64_t rows, Left left_of, int64_t step, const Pairs& b, Out out_of) {
+  multiply(rows, left_of, step, b, {0, b.columns}, {0, b.count}, out_of);
 }
