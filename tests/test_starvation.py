@@ -100,14 +100,13 @@ def test_a_line_names_those_since_the_last_line():
 
 def starve(trainer: Trainer) -> Trainer:
     """Have the trainer find an even load, but for one expert that gets nothing from step 5 on."""
-    collect = trainer.collect
+    read = trainer.read_step
 
-    def collected(*arguments):
-        found = collect(*arguments)
-        found["expert_load"] = [[0.25] * 4, [0.4, 0.3, 0.0, 0.3] if trainer.step + 1 >= 5 else [0.25] * 4]
-        return found
+    def read_step(step):
+        even = [0.25] * 4
+        return read(step) | {"expert_load": [even, [0.4, 0.3, 0.0, 0.3] if step.number >= 5 else even]}
 
-    trainer.collect = collected
+    trainer.read_step = read_step
     return trainer
 
 

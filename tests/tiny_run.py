@@ -100,15 +100,15 @@ def fresh_process():
 
 def at_step(trainer, step, act):
     """Have `act` called at the end of that step, before anything of it is logged or saved."""
-    take = trainer.train_step
+    take = trainer.take_step
 
-    def train_step():
+    def take_step():
         result = take()
         if trainer.step == step:
             act()
         return result
 
-    trainer.train_step = train_step
+    trainer.take_step = take_step
     return trainer
 
 

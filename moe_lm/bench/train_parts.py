@@ -22,6 +22,7 @@ from moe_lm.model.attention import Attention
 from moe_lm.model.layers import RMSNorm, SwiGLU
 from moe_lm.model.moe import Experts, MoE
 from moe_lm.model.transformer import Block, Transformer
+from moe_lm.train import loop
 
 PARTS = {
     "data": "the batch", "embedding": "rows of the table, angles of the rotation", "attention": "with its projections",
@@ -108,7 +109,7 @@ class StepParts:
                 stack.callback(module.register_forward_hook(leave, always_call=True).remove)
         stack.enter_context(patch.object(model, "losses", self.around_losses(model)))
         for owner, name, part in (
-            (trainer, "micro_batches", "data"), (trainer, "collect", "metrics"),
+            (trainer, "micro_batches", "data"), (trainer, "read_step", "metrics"), (loop, "read_losses", "metrics"),
             (torch.nn.utils, "clip_grad_norm_", "clip"), (trainer.optimizer, "step", "optimizer"),
             (trainer.optimizer, "zero_grad", "optimizer"),
         ):  # fmt: skip

@@ -1,4 +1,4 @@
-"""The training loop. A step reads: fetch, forward, backward, clip, check, step, log."""
+"""The training loop. A step reads: fetch, forward, backward, clip, check, step; then it is recorded."""
 
 import contextlib
 import math
@@ -16,7 +16,7 @@ from moe_lm.checkpoint.hf import load_state, save_hf
 from moe_lm.checkpoint.train_state import load_train_state, save_train_state
 from moe_lm.config import RunConfig, require
 from moe_lm.data import PreparedData
-from moe_lm.model import Losses, Transformer
+from moe_lm.model import Transformer
 from moe_lm.model.device import choose_device
 from moe_lm.scaling.counts import forward_flops_per_token, train_flops_per_token
 from moe_lm.train.distillation import check_distillation, distillation_losses
@@ -25,6 +25,7 @@ from moe_lm.train.metrics import MetricsLog, ProgressLine
 from moe_lm.train.optim import make_optimizer
 from moe_lm.train.schedule import batch_rows, learning_rate, learning_rate_at
 from moe_lm.train.starvation import StarvationWatch
+from moe_lm.train.step import Step, read_losses
 from moe_lm.train.upcycle import upcycle
 
 
@@ -63,6 +64,10 @@ class Trainer:
         """That of the weights as they are, None where these have not been evaluated."""
         self.starvation = StarvationWatch(config.train.starving_steps)
         self.stop_requested = False
+        self.behind = 0 if self.device.type == "cpu" else 1
+        """Steps of a run that are begun before the metrics of one are read: a GPU then always has work."""
+        self.read_at = 0.0
+        """time.perf_counter() when metrics were last read."""
         self.resume()
 
     def resume(self) -> None:
@@ -98,21 +103,19 @@ class Trainer:
         log = MetricsLog(self.run_dir, self.step, config.train.tensorboard)
         line = ProgressLine(config.train.steps, self.step)
         self.model.train()
+        unread: list[Step] = []
         try:
             with self.signals():
                 while not self.finished and not self.stop_requested:
-                    metrics = self.train_step()
-                    for starved in self.starvation.update(self.step, metrics["expert_load"]):
-                        line.note(f"warning: {starved}")
-                    if self.due(config.train.eval_every):
-                        metrics |= self.evaluate()
-                        line.note(evaluation_text(self.step, self.evaluation))
-                    if self.due(config.train.log_every):
-                        log.write(metrics | self.starvation.log())
-                    line.show(metrics, last=self.finished or self.stop_requested)
+                    unread.append(self.take_step())
+                    wanted = self.due(config.train.eval_every) or self.due(config.checkpoint.every)
+                    while len(unread) > (0 if wanted else self.behind):
+                        self.record(unread.pop(0), log, line)
                     self.seconds = time.monotonic() - begun
                     if self.due(config.checkpoint.every):
                         self.save()
+                for step in unread:
+                    self.record(step, log, line)
                 if self.finished and self.evaluation is None:  # the end was moved to a step that is already done
                     self.evaluate()
                 self.save()  # which does nothing where that is done
@@ -121,13 +124,33 @@ class Trainer:
             log.close()
         return not self.stop_requested
 
-    def due(self, every: int) -> bool:
-        return self.step % every == 0 or self.finished
+    def record(self, step: Step, log: MetricsLog, line: ProgressLine) -> None:
+        """Read a step's metrics, say what they say, and evaluate the model where that is due after it."""
+        config, last = self.config.train, self.finished or self.stop_requested
+        metrics = self.read_step(step)
+        for starved in self.starvation.update(step.number, metrics["expert_load"]):
+            line.note(f"warning: {starved}")
+        if self.due(config.eval_every, step.number):
+            metrics |= self.evaluate()
+            line.note(evaluation_text(step.number, self.evaluation))
+        if self.due(config.log_every, step.number):
+            log.write(metrics | self.starvation.log())
+        line.show(metrics, last=last and step.number == self.step)
+
+    def due(self, every: int, step: int | None = None) -> bool:
+        """Whether what is done every so many steps is due after `step`, the one that was begun last if not told."""
+        step = self.step if step is None else step
+        return step % every == 0 or step >= self.config.train.steps
 
     def train_step(self, done: float | None = None) -> dict[str, Any]:
-        """One optimizer step over one batch, and its metrics.
+        """One optimizer step over one batch, and its metrics, as take_step and read_step have them."""
+        return self.read_step(self.take_step(done))
+
+    def take_step(self, done: float | None = None) -> Step:
+        """Begin one optimizer step over one batch. Where metrics are read behind, nothing here waits for the device.
 
         `done` is the share of the run that is over after this step, where the run is not counted in `train.steps`.
+        Where metrics are not read behind, a step that is not finite raises NotFinite and is not taken.
         """
         start = time.perf_counter()
         train = self.config.train
@@ -152,25 +175,36 @@ class Trainer:
             parts.append((share, losses))
         limit = train.max_grad_norm or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit, foreach=True)
-        metrics = self.collect(parts, num_targets, sum(batch.num_bytes for batch in batches), grad_norm)
-        self.check_finite(self.step + 1, metrics, "loss", "aux_loss", "z_loss", "grad_norm")
+        tokens = sum(batch.tokens.numel() for batch in batches)
+        numbers = read_losses(parts, grad_norm, self.model.router_biases)  # as they were for the step
+        num_bytes = sum(batch.num_bytes for batch in batches)
+        step = Step(self.step + 1, self.tokens + tokens, tokens, num_targets, num_bytes, rate, start, numbers)
+        if not self.behind:
+            self.check_step(step)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.config.model.router_bias_update_rate:
             self.model.update_router_biases(sum(losses.expert_counts for _, losses in parts))
-        self.step += 1
-        self.evaluation = None
-        tokens = sum(batch.tokens.numel() for batch in batches)
-        self.tokens += tokens
-        speed = tokens / (time.perf_counter() - start)
+        self.step, self.tokens, self.evaluation = step.number, step.all_tokens, None
+        return step
+
+    def read_step(self, step: Step) -> dict[str, Any]:
+        """Its metrics; waits for it. Raises NotFinite where it is not: the weights are then spoiled, and not saved."""
+        self.check_step(step)
+        now = time.perf_counter()
+        speed = step.tokens / (now - max(step.begun, self.read_at))
+        self.read_at = now
         return {
-            "step": self.step,
-            "tokens": self.tokens,
-            **metrics,
-            "learning_rate": rate,
+            "step": step.number,
+            "tokens": step.all_tokens,
+            **step.metrics,
+            "learning_rate": step.learning_rate,
             "tokens_per_s": speed,
             "mfu": speed * self.flops_per_token / self.gemm_rate,
         }
+
+    def check_step(self, step: Step) -> None:
+        self.check_finite(step.number, step.metrics, "loss", "aux_loss", "z_loss", "grad_norm")
 
     def micro_batches(self) -> list:
         length = self.config.data.sequence_length
@@ -182,43 +216,6 @@ class Trainer:
             batches.append(self.loader.next_batch(rows))
             left -= rows
         return batches
-
-    def collect(
-        self, parts: list[tuple[float, Losses]], num_targets: int, num_bytes: int, grad_norm: torch.Tensor
-    ) -> dict[str, Any]:
-        """The step's losses and routing as plain numbers; routing as it was for the step, before its biases move."""
-        every = [losses for _, losses in parts]
-        tensors = {
-            "grad_norm": grad_norm,
-            "nll": torch.stack([losses.nll for losses in every]),
-            "expert_counts": sum(losses.expert_counts for losses in every),
-        }
-        for name in ("aux", "z", "router_entropy", "router_confidence", "dropped"):
-            tensors[name] = sum(share * getattr(losses, name) for share, losses in parts)
-        if self.target is not None:
-            tensors["acceptance"] = torch.stack([losses.acceptance for losses in every])
-        if self.config.model.router_bias_update_rate:
-            tensors["expert_bias"] = torch.stack(self.model.router_biases)
-        found = read_once(tensors)
-        nll = sum(found["nll"])
-        loads = [[count / max(1, sum(layer)) for count in layer] for layer in found["expert_counts"]]
-        metrics = {
-            "loss": nll / num_targets,
-            "bits_per_byte": nll / math.log(2) / num_bytes,
-            "aux_loss": found["aux"],
-            "z_loss": found["z"],
-            "expert_load": [[round(value, 5) for value in layer] for layer in loads],
-            "router_entropy": [round(value, 5) for value in found["router_entropy"]],
-            "router_confidence": [round(value, 5) for value in found["router_confidence"]],
-            "drop_rate": [round(value, 5) for value in found["dropped"]],
-            "grad_norm": found["grad_norm"],
-            "dead_experts": sum(count == 0 for layer in found["expert_counts"] for count in layer),
-        }
-        if "expert_bias" in found:
-            metrics["expert_bias"] = [[round(value, 7) for value in layer] for layer in found["expert_bias"]]
-        if self.target is not None:
-            metrics["acceptance"] = sum(found["acceptance"]) / num_targets
-        return metrics
 
     def check_finite(self, step: int, metrics: dict[str, Any], *names: str) -> None:
         for name in names:
@@ -276,14 +273,6 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def read_once(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The numbers of several tensors, as `tolist` has them, by one copy from their device, and so one wait for it."""
-    # float64 holds every float32, and every count below 2^53.
-    whole = torch.cat([tensor.detach().flatten().double() for tensor in tensors.values()]).cpu()
-    parts = whole.split([tensor.numel() for tensor in tensors.values()])
-    return {name: part.view(tensors[name].shape).tolist() for name, part in zip(tensors, parts, strict=True)}
 
 
 def evaluation_text(step: int, evaluation: Evaluation) -> str:

@@ -103,8 +103,8 @@ struct Row {
   }
 };
 
-// Of two neighbouring rows, 16 columns from `at` on: pairs of their probabilities to p, of the gradients of their scores
-// to d, and these row by row to grad_scores (2, stride). scores and grad_p, the gradients of probabilities: (2, KEYS).
+// Of two neighbouring rows, 16 columns from `at` on: pairs of their probabilities to p, of the gradients of their
+// scores to d, and these row by row to grad_scores (2, stride). scores and grad_p, what they are made of: (2, KEYS).
 void pair_up(const Row* rows, int64_t at, float scale, const float* scores, const float* grad_p, int64_t stride,
              bfloat16* grad_scores, Pair* p, Pair* d) {
   Bits of_p{}, of_d{};
@@ -139,8 +139,8 @@ void each_task(const Shape& s, const int64_t* starts, F run) {
 extern "C" {
 
 // out (B, T, H, C), lse (B, T, H). 0, and nothing done, where `starts` are not as above.
-int64_t moe_lm_forward(const Shape* shape, const bfloat16* q, const bfloat16* k, const bfloat16* v, const int64_t* starts,
-                    bfloat16* out, float* lse) {
+int64_t moe_lm_forward(const Shape* shape, const bfloat16* q, const bfloat16* k, const bfloat16* v,
+                       const int64_t* starts, bfloat16* out, float* lse) {
   const Shape s = *shape;
   if (!in_rows(s, starts)) return 0;
   const float scale = 1.0f / std::sqrt((float)s.C);
@@ -171,9 +171,9 @@ int64_t moe_lm_forward(const Shape* shape, const bfloat16* q, const bfloat16* k,
 
 // Gradients of q, and of k and v float32 (B, G, parts, T, C) that are to be summed over the parts, and are zero before
 // (Dao et al. 2022, algorithm 4). 0 as above.
-int64_t moe_lm_backward(const Shape* shape, const bfloat16* grad, const bfloat16* q, const bfloat16* k, const bfloat16* v,
-                     const int64_t* starts, const bfloat16* out, const float* lse, bfloat16* grad_q, float* grad_k,
-                     float* grad_v) {
+int64_t moe_lm_backward(const Shape* shape, const bfloat16* grad, const bfloat16* q, const bfloat16* k,
+                        const bfloat16* v, const int64_t* starts, const bfloat16* out, const float* lse,
+                        bfloat16* grad_q, float* grad_k, float* grad_v) {
   const Shape s = *shape;
   if (!in_rows(s, starts)) return 0;
   const float scale = 1.0f / std::sqrt((float)s.C);
@@ -201,7 +201,7 @@ int64_t moe_lm_backward(const Shape* shape, const bfloat16* grad, const bfloat16
         for (int64_t from = chunk.columns.begin; from < chunk.columns.end; from += KEYS) {
           const Span block{from, std::min(from + KEYS, chunk.columns.end)};
           const auto at = [&](std::vector<float>& of) {
-            return [&, from](int64_t i) { return of.data() + i * KEYS - from; };
+            return [first_of = of.data(), from](int64_t i) { return first_of + i * KEYS - from; };
           };
           multiply(chunk.rows, [&](int64_t i) { return pairs(query(i)); }, 1, keys, block, {0, keys.count}, at(scores));
           multiply(chunk.rows, [&](int64_t i) { return pairs(grad_out(i)); }, 1, values, block, {0, values.count},

@@ -1,0 +1,99 @@
+"""Metrics that are read a step later, as on a GPU, which then never waits for the host."""
+
+import math
+
+import pytest
+import torch
+from test_resume import spoil_gradient, spoil_loss
+from tiny_run import EVERYTHING, assert_same_outcome, fresh_process, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_lm.checkpoint.directory import checkpoints
+from moe_lm.data.packing import Batch
+from moe_lm.train import NotFinite, Trainer, loop
+from moe_lm.train.metrics import read_metrics
+
+pytestmark = pytest.mark.usefixtures("one_process", "one_thread")
+
+
+def behind(trainer: Trainer) -> Trainer:
+    trainer.behind = 1
+    return trainer
+
+
+class Reads(TorchDispatchMode):
+    """How often a value was read from a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += op is torch.ops.aten._local_scalar_dense.default
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("changes", [{}, EVERYTHING, {"optimizer": "muon", "expert_capacity_factor": 1.0}])
+def test_a_step_begins_without_a_read(changes, data, tmp_path):
+    trainer = behind(Trainer(tiny_config(data.config, **changes), tmp_path, data))
+    with Reads() as reads:
+        step = trainer.take_step()
+        assert reads.count == 0
+        step.numbers.host[0].item()
+    assert reads.count == 1
+    assert math.isfinite(trainer.read_step(step)["loss"])
+
+
+def test_a_run_that_reads_behind_is_the_same_run(data, whole, tmp_path):
+    taken, read = [], []
+    with fresh_process():
+        trainer = behind(Trainer(tiny_config(data.config, **EVERYTHING), tmp_path, data))
+        take, tell = trainer.take_step, trainer.read_step
+        trainer.take_step = lambda: taken.append(take()) or taken[-1]
+        trainer.read_step = lambda step: read.append(len(taken) - step.number) or tell(step)
+        assert trainer.run()
+    assert_same_outcome(tmp_path, whole(**EVERYTHING)[0])
+    assert set(read) == {0, 1}  # at once where the model is evaluated or saved
+
+
+def test_a_stop_leaves_no_step_unread(data, whole, tmp_path):
+    with fresh_process():
+        trainer = behind(Trainer(tiny_config(data.config), tmp_path, data))
+        take = trainer.take_step
+        trainer.take_step = lambda: setattr(trainer, "stop_requested", trainer.step == 6) or take()
+        assert not trainer.run()
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 7
+    with fresh_process():
+        assert behind(Trainer(tiny_config(data.config), tmp_path, data)).run()
+    assert_same_outcome(tmp_path, whole()[0])
+
+
+@pytest.mark.parametrize(("step", "begun"), [(9, 10), (12, 12)])
+@pytest.mark.parametrize("spoil", [lambda *at: spoil_gradient(at[0], math.nan, at[1]), spoil_loss])
+def test_what_is_not_finite_is_never_saved(spoil, step, begun, data, whole, tmp_path):
+    trainer = behind(Trainer(tiny_config(data.config), tmp_path, data))
+    spoil(trainer, step)
+    with pytest.raises(NotFinite, match=rf"^step {step}: .*newest checkpoint is of step 6"):
+        trainer.run()
+    assert trainer.step == begun
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == step - 1
+    assert checkpoints(tmp_path)[-1].name == "step-000006"
+    with fresh_process():
+        assert Trainer(tiny_config(data.config), tmp_path, data).run()
+    assert_same_outcome(tmp_path, whole()[0])
+
+
+def test_speed_is_that_from_read_to_read(data, tmp_path, monkeypatch):
+    trainer = behind(Trainer(tiny_config(data.config), tmp_path, data))
+    times = iter([10.0, 10.5, 12.0, 14.0])
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(times))
+    steps = [trainer.take_step(), trainer.take_step()]
+    speeds = [trainer.read_step(step)["tokens_per_s"] for step in steps]
+    assert speeds == [steps[0].tokens / 2.0, steps[1].tokens / 2.0]
+
+
+def test_a_batch_goes_to_a_gpu_through_pinned_memory(monkeypatch):
+    batch, seen = Batch(*[torch.zeros(2, 3, dtype=torch.int64)] * 4, num_targets=6, num_bytes=6), []
+    assert batch.to("cpu").tokens is batch.tokens
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: seen.append("pinned") or tensor)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *where, **how: seen.append((*where, how)) or tensor)
+    batch.to("cuda:0")
+    assert seen == ["pinned"] * 4 + [("cuda:0", {"non_blocking": True})] * 4
