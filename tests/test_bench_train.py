@@ -194,7 +194,7 @@ def test_the_peer_learns_the_same(gemm, form):
     """From the same weights on the same tokens its loss is ours, and every form's steps lower it alike."""
     ours = mini_step()
     peer = train_peer.PeerStep(ours, form)
-    losses, mine = [peer.step() for _ in range(4)], ours.step()
+    losses, mine = [peer.step() for _ in range(4)], ours.trainer.train_step()
     # Its load-balancing loss counts every choice, so it is top-k times ours.
     expected = mine["loss"] + 2 * 0.01 * mine["aux_loss"]
     assert losses[0] == pytest.approx(expected, abs=2e-3 if form == "float32" else 0.02)
