@@ -3,7 +3,7 @@
 N tokens, K experts per token, D hidden width, F expert width, E experts, M = N * K slots. Each expert multiplies as
 many rows as it has, from gathering to SwiGLU in its core's cache. Products that share a size, side by side in one call,
 need rows of padding, and a product more for each expert with many. Against those a forward and backward of nano's layer
-took 0.74 of the time where loads were alike, and 0.72 with the fullest expert at 1.5 times its share (4,096 tokens, 2
+took 0.63 of the time where loads were alike, and 0.56 with the fullest expert at 1.5 times its share (4,096 tokens, 2
 cores of an EPYC of 2024).
 """
 
