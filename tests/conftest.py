@@ -31,7 +31,7 @@ def products(request, monkeypatch):
 
     monkeypatch.setattr(pairs, "fastest", lambda: request.param != "batched")
     if request.param == "portable":
-        monkeypatch.setattr(pairs, "library", functools.partial(pairs.library, generic=True))
+        monkeypatch.setattr(pairs, "load", functools.partial(pairs.load, generic=True))
     return request.param
 
 

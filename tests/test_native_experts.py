@@ -117,7 +117,7 @@ def test_without_a_compiler_products_are_batched(monkeypatch):
         raise BuildError("no compiler")
 
     monkeypatch.setattr(pairs, "build", fail)
-    for cached in (pairs.library, pairs.fastest):
+    for cached in (pairs.load, pairs.fastest):
         cached.cache_clear()
     try:
         inputs, routing = case(40, 16, 16, 4, 2)
@@ -127,5 +127,5 @@ def test_without_a_compiler_products_are_batched(monkeypatch):
         assert out.shape == x.shape
         assert len(hidden) >= 80
     finally:
-        for cached in (pairs.library, pairs.fastest):
+        for cached in (pairs.load, pairs.fastest):
             cached.cache_clear()

@@ -15,7 +15,7 @@ WIDTH = 16
 
 
 @functools.cache
-def library(name: str, generic: bool = False) -> ctypes.CDLL:
+def load(name: str, generic: bool = False) -> ctypes.CDLL:
     """The compiled library `name`; `generic` as in kernels.cpu.decoder. Raises BuildError if it cannot be compiled."""
     loaded = ctypes.CDLL(str(build(name, ("-DMOE_LM_GENERIC",) if generic else ())))
     loaded.moe_lm_fastest.restype = c_int64
@@ -26,7 +26,7 @@ def library(name: str, generic: bool = False) -> ctypes.CDLL:
 def fastest() -> bool:
     """Whether they are faster than oneDNN's products on this machine; not without a compiler. May compile one."""
     try:
-        return bool(library("experts").moe_lm_fastest())
+        return bool(load("experts").moe_lm_fastest())
     except (BuildError, OSError):
         return False
 
@@ -35,7 +35,7 @@ def run(name: str, function: str, shape: ctypes.Structure, *tensors: Tensor) -> 
     """Call moe_lm_`function` of a library with the addresses of contiguous tensors; whether it could do it."""
     for tensor in tensors:
         assert tensor.is_contiguous(), (name, function, tensor.shape, tensor.stride())
-    call = getattr(library(name), f"moe_lm_{function}")
+    call = getattr(load(name), f"moe_lm_{function}")
     call.argtypes, call.restype = [c_void_p] * (1 + len(tensors)), c_int64
     return bool(call(ctypes.addressof(shape), *[tensor.data_ptr() for tensor in tensors]))
 
