@@ -134,11 +134,11 @@ def test_steps_are_the_training_loops_own(gemm, monkeypatch):
 
 def test_steps_are_read_as_in_a_run():
     step = mini_step()
-    assert step.unread == []
+    assert step.trainer.unread == []
     step.trainer.behind = 1
     for number in (4, 5):
         step.step()
-        assert [each.number for each in step.unread] == [number]
+        assert [each.number for each in step.trainer.unread] == [number]
 
 
 def test_parts_sum_to_the_step_of_the_clock(gemm, monkeypatch):

@@ -29,7 +29,7 @@ def documents_of(kind: str, B: int, T: int) -> torch.Tensor | None:
 def test_it_is_the_definition(B, T, H, G, C, kind, products):
     inputs, documents = case(B, T, H, G, C), documents_of(kind, B, T)
     suited = products != "batched" and (kind != "mixed" or T == 1)
-    assert (native_attention.starts(inputs["q"].bfloat16(), documents) is not None) == suited
+    assert (native_attention.document_starts(inputs["q"].bfloat16(), documents) is not None) == suited
     # With one key the softmax is constant: the gradient of q is 0, and its error is that of two terms of about 1.
     check(kernels.attention, inputs, torch.bfloat16, fixed=(documents,), floor=1.0 if T == 1 else 0.1)
 
@@ -62,11 +62,11 @@ def test_bits_depend_on_neither_threads_nor_other_rows(products, monkeypatch):
 def test_what_it_does_not_suit_goes_the_other_way(monkeypatch):
     monkeypatch.setattr(pairs, "fastest", lambda: True)
     q, documents = torch.empty(1, 4, 2, 16), torch.tensor([[3, 3, 5, 5]])
-    assert native_attention.starts(q.bfloat16(), documents).tolist() == [[0, 0, 2, 2]]
-    assert native_attention.starts(q.bfloat16(), None).tolist() == [[0, 0, 0, 0]]
-    assert native_attention.starts(q, documents) is None
-    assert native_attention.starts(q.bfloat16(), documents.flip(1)) is None
-    assert native_attention.starts(torch.empty(1, 4, 2, 24).bfloat16(), documents) is None
+    assert native_attention.document_starts(q.bfloat16(), documents).tolist() == [[0, 0, 2, 2]]
+    assert native_attention.document_starts(q.bfloat16(), None).tolist() == [[0, 0, 0, 0]]
+    assert native_attention.document_starts(q, documents) is None
+    assert native_attention.document_starts(q.bfloat16(), documents.flip(1)) is None
+    assert native_attention.document_starts(torch.empty(1, 4, 2, 24).bfloat16(), documents) is None
 
 
 @pytest.mark.parametrize("starts", [[[0, 0, 3, 3]], [[0, -1, 0, 0]], [[0, 1, 0, 0]]])

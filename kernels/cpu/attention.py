@@ -39,7 +39,7 @@ def blocks(B: int, T: int, R: int) -> Iterator[tuple[slice, slice, slice]]:
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
     """Output (B, T, H, C) and the log-sum-exp of every query's scores, float32 (B, T, H)."""
-    starts = native_attention.starts(q, documents)
+    starts = native_attention.document_starts(q, documents)
     if starts is not None:
         return native_attention.forward(q, k, v, starts)
     B, T, H, C = q.shape
@@ -73,7 +73,7 @@ def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v (Dao et al. 2022, algorithm 4): P is made again from the scores and their sums."""
-    starts = native_attention.starts(q, documents)
+    starts = native_attention.document_starts(q, documents)
     if starts is not None:
         return native_attention.backward(grad, q, k, v, starts, out, lse)
     B, T, H, C = q.shape

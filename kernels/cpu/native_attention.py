@@ -25,7 +25,7 @@ class Shape(ctypes.Structure):
     _fields_ = [(name, c_int64) for name in ("B", "T", "H", "G", "C", "queries", "threads")]
 
 
-def starts(q: Tensor, documents: Tensor | None) -> Tensor | None:
+def document_starts(q: Tensor, documents: Tensor | None) -> Tensor | None:
     """Which token of its row each token sees first, int64 (B, T); None where the library does not suit.
 
     It takes documents that follow each other, numbered upwards.

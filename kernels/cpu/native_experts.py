@@ -20,7 +20,7 @@ from kernels.cpu.passes import passes
 class Shape(ctypes.Structure):
     """`Shape` of experts.cpp."""
 
-    _fields_ = [(name, c_int64) for name in ("N", "K", "D", "F", "E", "threads", "wide")]
+    _fields_ = [(name, c_int64) for name in ("N", "K", "D", "F", "E", "threads", "float_weights")]
 
 
 def suits(x: Tensor, gate_up: Tensor) -> bool:
@@ -32,8 +32,9 @@ def suits(x: Tensor, gate_up: Tensor) -> bool:
 def run(name: str, x: Tensor, experts: Tensor, gate_up: Tensor, *tensors: Tensor) -> None:
     """Raises IndexError for slots that are not there."""
     E, doubled, D = gate_up.shape
-    threads, wide = pairs.threads(experts.numel() * D), gate_up.dtype == torch.float32
-    if not pairs.run("experts", name, Shape(*experts.shape, D, doubled // 2, E, threads, wide), *tensors):
+    threads, float_weights = pairs.threads(experts.numel() * D), gate_up.dtype == torch.float32
+    shape = Shape(*experts.shape, D, doubled // 2, E, threads, float_weights)
+    if not pairs.run("experts", name, shape, *tensors):
         raise IndexError(f"order and offsets are not the {experts.numel()} slots of a routing.")
 
 

@@ -14,7 +14,6 @@ from moe_lm.bench import machine
 from moe_lm.config import RunConfig
 from moe_lm.data.packing import Batch
 from moe_lm.train.loop import Trainer
-from moe_lm.train.step import Step
 
 
 class RandomRows:
@@ -56,7 +55,6 @@ class TrainingStep:
             self.trainer = Trainer(self.run, Path(empty), self.data)
         self.device, self.model = self.trainer.device, self.trainer.model.train()
         self.dtype = str(self.trainer.dtype).removeprefix("torch.")
-        self.unread: list[Step] = []
         for _ in range(3):
             self.step()
 
@@ -72,9 +70,9 @@ class TrainingStep:
 
     def step(self) -> None:
         """Take one, and read metrics as a run does: on a GPU those of the step before."""
-        self.unread.append(self.trainer.take_step())
-        while len(self.unread) > self.trainer.behind:
-            self.trainer.read_step(self.unread.pop(0))
+        self.trainer.unread.append(self.trainer.take_step())
+        for step in self.trainer.to_read():
+            self.trainer.read_step(step)
 
     def __call__(self, steps: int = 3) -> float:
         """Tokens per second of a few steps."""

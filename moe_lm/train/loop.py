@@ -66,6 +66,7 @@ class Trainer:
         self.stop_requested = False
         self.behind = 0 if self.device.type == "cpu" else 1
         """Steps of a run that are begun before the metrics of one are read: a GPU then always has work."""
+        self.unread: list[Step] = []
         self.read_at = 0.0
         """time.perf_counter() when metrics were last read."""
         self.resume()
@@ -103,18 +104,17 @@ class Trainer:
         log = MetricsLog(self.run_dir, self.step, config.train.tensorboard)
         line = ProgressLine(config.train.steps, self.step)
         self.model.train()
-        unread: list[Step] = []
         try:
             with self.signals():
                 while not self.finished and not self.stop_requested:
-                    unread.append(self.take_step())
+                    self.unread.append(self.take_step())
                     wanted = self.due(config.train.eval_every) or self.due(config.checkpoint.every)
-                    while len(unread) > (0 if wanted else self.behind):
-                        self.record(unread.pop(0), log, line)
+                    for step in self.to_read(everything=wanted):
+                        self.record(step, log, line)
                     self.seconds = time.monotonic() - begun
                     if self.due(config.checkpoint.every):
                         self.save()
-                for step in unread:
+                for step in self.to_read(everything=True):
                     self.record(step, log, line)
                 if self.finished and self.evaluation is None:  # the end was moved to a step that is already done
                     self.evaluate()
@@ -123,6 +123,11 @@ class Trainer:
             line.close()
             log.close()
         return not self.stop_requested
+
+    def to_read(self, everything: bool = False) -> Iterator[Step]:
+        """Take the steps that are to be read now from `unread`, oldest first: all, or all but the last `behind`."""
+        while len(self.unread) > (0 if everything else self.behind):
+            yield self.unread.pop(0)
 
     def record(self, step: Step, log: MetricsLog, line: ProgressLine) -> None:
         """Read a step's metrics, say what they say, and evaluate the model where that is due after it."""

@@ -14,7 +14,8 @@ from moe_lm.train.distillation import DistillationLosses
 
 
 class Reading:
-    """The numbers of several tensors, on their way to the host by one copy. To begin it waits for no device."""
+    """The numbers of tensors of any shape on one device, on their way to the host by one copy. To begin it waits for
+    nothing."""
 
     def __init__(self, tensors: dict[str, Tensor]):
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -40,9 +41,11 @@ class Step:
     all_tokens: int
     """Of the run up to its end."""
     tokens: int
+    """Of its batch; of these `num_targets` are predicted, `num_bytes` of text."""
     num_targets: int
     num_bytes: int
     learning_rate: float
+    """What the schedule gave, before any group's ratio."""
     begun: float
     """time.perf_counter() at its beginning."""
     numbers: Reading

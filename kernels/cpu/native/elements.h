@@ -14,7 +14,8 @@ INLINE void put(float* p, Floats x, int64_t n) {
   memcpy(p, &x, n * sizeof(float));
 }
 
-// The nearest bfloat16 values, as `round_bfloat16` has them; AVX512-BF16's own instruction takes those below 2^-126 for 0.
+// The nearest bfloat16 values, as `round_bfloat16` has them; AVX512-BF16's own instruction takes what is below 2^-126
+// for 0.
 INLINE Halves narrow(Floats x) {
 #if defined(MOE_LM_AVX512) && defined(__AVX512BF16__)
   return (Halves)_mm512_cvtneps_pbh((__m512)x);

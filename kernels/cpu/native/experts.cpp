@@ -13,7 +13,7 @@ namespace {
 
 struct Shape {  // kernels/cpu/native_experts.py declares the same fields in the same order
   int64_t N, K, D, F, E, threads;
-  int64_t wide;  // whether the weights and their gradients are float32, which is rounded as it is read
+  int64_t float_weights;  // whether the weights and their gradients are float32, which is rounded as it is read
 };
 
 struct Task {
@@ -62,13 +62,13 @@ int64_t forward(const Shape& s, const bfloat16* x, const int64_t* order, const i
       const int64_t begin = offsets[task.expert] + task.first, end = begin + task.rows;
       for (int64_t row = begin; row < end; row += ROWS) {
         const int64_t rows = std::min(ROWS, end - row);
-        multiply(rows, [&](int64_t i) { return pairs(x + order[row + i] / s.K * D); }, 1, up,
+        multiply(rows, [&](int64_t i) { return as_pairs(x + order[row + i] / s.K * D); }, 1, up,
                  [&](int64_t i) { return hidden + (row + i) * 2 * F; });
         for (int64_t i = 0; i < rows; i++) {
           swiglu_row(hidden + (row + i) * 2 * F, &act[i * F], F);
           row_of_slot[order[row + i]] = row + i;
         }
-        multiply(rows, [&](int64_t i) { return pairs(&act[i * F]); }, 1, out,
+        multiply(rows, [&](int64_t i) { return as_pairs(&act[i * F]); }, 1, out,
                  [&](int64_t i) { return y + (row + i) * D; });
       }
     }
@@ -98,7 +98,7 @@ int64_t backward(const Shape& s, const bfloat16* grad, const bfloat16* x, const 
       const int64_t begin = offsets[task.expert] + task.first, end = begin + task.rows;
       for (int64_t row = begin; row < end; row += ROWS) {
         const int64_t rows = std::min(ROWS, end - row);
-        multiply(rows, [&](int64_t i) { return pairs(token_row(grad, row + i)); }, 1, out,
+        multiply(rows, [&](int64_t i) { return as_pairs(token_row(grad, row + i)); }, 1, out,
                  [&](int64_t i) { return acts + (row + i) * F; });
         for (int64_t i = row; i < row + rows; i++) {
           const int64_t slot = order[i];
@@ -106,7 +106,7 @@ int64_t backward(const Shape& s, const bfloat16* grad, const bfloat16* x, const 
           grad_weights[slot] =
               swiglu_backward_row(acts + i * F, hidden + i * 2 * F, weights[slot], grad_hidden + i * 2 * F, F);
         }
-        multiply(rows, [&](int64_t i) { return pairs(grad_hidden + (row + i) * 2 * F); }, 1, up,
+        multiply(rows, [&](int64_t i) { return as_pairs(grad_hidden + (row + i) * 2 * F); }, 1, up,
                  [&](int64_t i) { return grad_rows + (row + i) * D; });
       }
     }
@@ -144,7 +144,7 @@ int64_t moe_lm_forward(const Shape* shape, const bfloat16* x, const int64_t* ord
     typedef decltype(of) Weight;
     return forward(*shape, x, order, offsets, (const Weight*)gate_up, (const Weight*)down, hidden, y, row_of_slot);
   };
-  return shape->wide ? run(float()) : run(bfloat16());
+  return shape->float_weights ? run(float()) : run(bfloat16());
 }
 
 int64_t moe_lm_backward(const Shape* shape, const bfloat16* grad, const bfloat16* x, const float* weights,
@@ -156,7 +156,7 @@ int64_t moe_lm_backward(const Shape* shape, const bfloat16* grad, const bfloat16
     return backward(*shape, grad, x, weights, order, offsets, (const Weight*)gate_up, (const Weight*)down, hidden,
                     grad_hidden, acts, grad_rows, grad_weights, (Weight*)grad_gate_up, (Weight*)grad_down, row_of_slot);
   };
-  return shape->wide ? run(float()) : run(bfloat16());
+  return shape->float_weights ? run(float()) : run(bfloat16());
 }
 
 }  // extern "C"

@@ -29,7 +29,7 @@ extern "C" int64_t moe_lm_fastest() {
 
 typedef uint32_t Pair;
 
-inline const Pair* pairs(const bfloat16* row) { return (const Pair*)row; }
+inline const Pair* as_pairs(const bfloat16* row) { return (const Pair*)row; }
 
 constexpr int64_t TALL = 6, WIDE = 4;  // rows, and vectors of 16 columns, of a block: 24 of 32 registers are its sums
 constexpr int64_t PANEL = WIDE * LANES;

@@ -156,12 +156,12 @@ int64_t moe_lm_forward(const Shape* shape, const bfloat16* q, const bfloat16* k,
       values.pack(task.keys, s.C, [&](int64_t j) { return task.key(v, j); });
       for (int64_t first = 0; first < task.rows; first += ROWS) {
         const Chunk chunk(task, starts, first);
-        multiply(chunk.rows, [&](int64_t i) { return pairs(task.query(q, first + i)); }, 1, keys, chunk.columns,
+        multiply(chunk.rows, [&](int64_t i) { return as_pairs(task.query(q, first + i)); }, 1, keys, chunk.columns,
                  {0, keys.count}, [&](int64_t i) { return &scores[i * stride]; });
         for (int64_t i = 0; i < chunk.rows; i++)
           lse[task.head(first + i)] = softmax(&scores[i * stride], &probabilities[i * stride], chunk.columns,
                                               task.seen(starts, first + i), scale);
-        multiply(chunk.rows, [&](int64_t i) { return pairs(&probabilities[i * stride]); }, 1, values, {0, s.C},
+        multiply(chunk.rows, [&](int64_t i) { return as_pairs(&probabilities[i * stride]); }, 1, values, {0, s.C},
                  chunk.pairs, [&](int64_t i) { return task.query(out, first + i); });
       }
     });
@@ -179,7 +179,7 @@ int64_t moe_lm_backward(const Shape* shape, const bfloat16* grad, const bfloat16
   const float scale = 1.0f / std::sqrt((float)s.C);
 #pragma omp parallel num_threads(s.threads)
   {
-    Pairs keys, keys_down, values, queries, grads, p, d;
+    Pairs keys, keys_by_row, values, queries, grads, p, d;
     std::vector<Row> rows;
     std::vector<float> scores(ROWS * KEYS), grad_p(ROWS * KEYS);
     std::vector<bfloat16> grad_scores;
@@ -188,7 +188,7 @@ int64_t moe_lm_backward(const Shape* shape, const bfloat16* grad, const bfloat16
       grad_scores.resize(ROWS * stride);
       keys.pack_transposed(wide, s.C, [&](int64_t j) { return task.key(k, j); });
       values.pack_transposed(wide, s.C, [&](int64_t j) { return task.key(v, j); });
-      keys_down.pack(task.keys, s.C, [&](int64_t j) { return task.key(k, j); });
+      keys_by_row.pack(task.keys, s.C, [&](int64_t j) { return task.key(k, j); });
       const int64_t place = (((task.b * s.G + task.g) * count_parts(s) + task.part) * s.T + task.from) * s.C;
       for (int64_t first = 0; first < task.rows; first += ROWS) {
         const Chunk chunk(task, starts, first);
@@ -201,10 +201,10 @@ int64_t moe_lm_backward(const Shape* shape, const bfloat16* grad, const bfloat16
         for (int64_t from = chunk.columns.begin; from < chunk.columns.end; from += KEYS) {
           const Span block{from, std::min(from + KEYS, chunk.columns.end)};
           const auto at = [&](std::vector<float>& of) {
-            return [first_of = of.data(), from](int64_t i) { return first_of + i * KEYS - from; };
+            return [data = of.data(), from](int64_t i) { return data + i * KEYS - from; };
           };
-          multiply(chunk.rows, [&](int64_t i) { return pairs(query(i)); }, 1, keys, block, {0, keys.count}, at(scores));
-          multiply(chunk.rows, [&](int64_t i) { return pairs(grad_out(i)); }, 1, values, block, {0, values.count},
+          multiply(chunk.rows, [&](int64_t i) { return as_pairs(query(i)); }, 1, keys, block, {0, keys.count}, at(scores));
+          multiply(chunk.rows, [&](int64_t i) { return as_pairs(grad_out(i)); }, 1, values, block, {0, values.count},
                    at(grad_p));
           p.resize(chunk.rows, KEYS), d.resize(chunk.rows, KEYS);
           for (int64_t i = 0; i < chunk.rows; i += 2)
@@ -212,15 +212,15 @@ int64_t moe_lm_backward(const Shape* shape, const bfloat16* grad, const bfloat16
               pair_up(&rows[i], from + j, scale, &scores[i * KEYS + j], &grad_p[i * KEYS + j], stride,
                       &grad_scores[i * stride + from + j], p.at(i / 2, j), d.at(i / 2, j));
           const int64_t seen = std::min(block.end, task.keys) - from;
-          const auto key_row = [&](float* of) {
+          const auto of_keys = [&](float* of) {
             return [=](int64_t i) { return of + place + (from + i) * s.C; };
           };
           multiply<true>(seen, [&](int64_t i) { return p.at(0, i); }, PANEL, grads, {0, s.C}, {0, grads.count},
-                         key_row(grad_v));
+                         of_keys(grad_v));
           multiply<true>(seen, [&](int64_t i) { return d.at(0, i); }, PANEL, queries, {0, s.C}, {0, queries.count},
-                         key_row(grad_k));
+                         of_keys(grad_k));
         }
-        multiply(chunk.rows, [&](int64_t i) { return pairs(&grad_scores[i * stride]); }, 1, keys_down, {0, s.C},
+        multiply(chunk.rows, [&](int64_t i) { return as_pairs(&grad_scores[i * stride]); }, 1, keys_by_row, {0, s.C},
                  chunk.pairs, [&](int64_t i) { return task.query(grad_q, first + i); });
       }
     });
