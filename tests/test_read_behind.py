@@ -6,6 +6,8 @@ import pytest
 import torch
 from test_resume import spoil_gradient, spoil_loss
 from tiny_run import EVERYTHING, assert_same_outcome, fresh_process, tiny_config
+from torch.optim import optimizer
+from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_lm.checkpoint.directory import checkpoints
@@ -21,24 +23,90 @@ def behind(trainer: Trainer) -> Trainer:
     return trainer
 
 
-class Reads(TorchDispatchMode):
-    """How often a value was read from a tensor."""
+class Crossings(TorchDispatchMode):
+    """Copies between the host and the device `meta`, whose tensors hold no values: the host's get zeros."""
 
-    count = 0
+    def __init__(self):
+        super().__init__()
+        self.seen: list[tuple[str, int, bool]] = []
+        """Where to, how many axes, and whether nobody waits for it."""
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.count += op is torch.ops.aten._local_scalar_dense.default
-        return op(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if op is torch.ops.aten._to_copy.default and "device" in kwargs and args[0].device != kwargs["device"]:
+            self.seen.append((kwargs["device"].type, args[0].dim(), kwargs.get("non_blocking", False)))
+            if kwargs["device"].type == "cpu":
+                return torch.zeros(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype))
+        return op(*args, **kwargs)
 
 
-@pytest.mark.parametrize("changes", [{}, EVERYTHING, {"optimizer": "muon", "expert_capacity_factor": 1.0}])
-def test_a_step_begins_without_a_read(changes, data, tmp_path):
-    trainer = behind(Trainer(tiny_config(data.config, **changes), tmp_path, data))
-    with Reads() as reads:
+@pytest.fixture
+def valueless(monkeypatch):
+    """Trainers compute on `meta`, where reading a number raises, as does an operation on tensors of two devices, and
+    one whose result is as long as its values say: all that a GPU would make the host wait for."""
+    monkeypatch.setattr(loop, "choose_device", lambda name: torch.device("meta"))
+    monkeypatch.setattr(loop.machine, "gemm_rate", lambda *of: 1e12)
+    for module, name in ((_foreach_utils, "_get_foreach_kernels_supported_devices"),
+                         (optimizer, "_get_fused_kernels_supported_devices")):  # fmt: skip
+        known = getattr(module, name)()
+        monkeypatch.setattr(module, name, lambda known=known: [*known, "meta"])
+
+
+BATCH = [("meta", 2, True)] * 4
+NUMBERS = [("cpu", 1, True)]
+
+
+@pytest.mark.parametrize("changes", [
+    {}, EVERYTHING, {"optimizer": "muon", "expert_capacity_factor": 1.0, "activation_checkpointing": True},
+    {"router_bias_update_rate": 0.01, "n_shared_experts": 1},
+])  # fmt: skip
+def test_a_step_waits_for_no_device(changes, data, tmp_path, valueless):
+    trainer = Trainer(tiny_config(data.config, **changes), tmp_path, data)
+    assert trainer.behind
+    for _ in range(2):
+        with Crossings() as crossings:
+            step = trainer.take_step()
+        batches = len(crossings.seen[:-1]) // 4
+        assert crossings.seen == batches * BATCH + NUMBERS
+        assert step.metrics.keys() >= {"loss", "grad_norm", "expert_load"}
+
+
+WAITS = {
+    "a number read": lambda nll: nll.item(), "a length found": lambda nll: nll.nonzero(),
+    "a tensor of the host's": lambda nll: nll + torch.ones(2), "a copy": lambda nll: nll.cpu(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_wait_would_be_seen(wait, data, tmp_path, valueless, monkeypatch):
+    trainer = Trainer(tiny_config(data.config), tmp_path, data)
+    losses = trainer.model.losses
+
+    def waiting(*batch):
+        found = losses(*batch)
+        WAITS[wait](found.nll)
+        return found
+
+    monkeypatch.setattr(trainer.model, "losses", waiting)
+    with Crossings() as crossings:
+        if wait == "a copy":
+            trainer.take_step()
+            assert crossings.seen == [*BATCH, ("cpu", 0, False), *NUMBERS]
+        else:
+            with pytest.raises((RuntimeError, NotImplementedError)):
+                trainer.take_step()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "muon", "router_bias_update_rate": 0.01}])
+def test_a_step_on_a_gpu_waits_for_nothing(changes, data, tmp_path):
+    trainer = Trainer(tiny_config(data.config, device="cuda", dtype="bfloat16", head_dim=16, **changes), tmp_path, data)
+    trainer.read_step(trainer.take_step())  # compiles its kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
         step = trainer.take_step()
-        assert reads.count == 0
-        step.numbers.host[0].item()
-    assert reads.count == 1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     assert math.isfinite(trainer.read_step(step)["loss"])
 
 
