@@ -3,11 +3,12 @@ part of the GPU suite that runs without a GPU."""
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-import kernels
+import kernels.reference
 from kernels.bench import distributions, gpu_suite, measure, model, ops, predict, run
 from kernels.bench.__main__ import main
 from kernels.bench.constants import A100, GPUS, H100
@@ -189,7 +190,15 @@ def test_costs_by_hand():
     assert cost("expert_mlp", TINY).bytes == 2 * (2 * 40 * 32 + 4 * 3 * 32 * 16)
     assert cost("paged_attention", TINY).bytes == 2 * (2 * 3 * 40 * 8 + 2 * 6 * 4 * 8)
     assert cost("rms_norm", TINY, 4).bytes == 2 * 40 * 32 * 4
-    assert set(ops.BUILDERS) - set(predict.OPERATIONS) == {"attention"}
+    assert cost("swiglu", TINY).bytes == 2 * 40 * 3 * 16
+    assert cost("gate", TINY).flops == 2 * 40 * 32 * 4
+
+
+def test_every_operation_is_measured():
+    operations = {path.stem for path in Path(kernels.reference.__file__).parent.glob("*.py")} - {"__init__"}
+    assert {op.removesuffix("_int8").removesuffix("_training") for op in ops.BUILDERS} == operations
+    # What is torch's own there is not predicted.
+    assert set(ops.BUILDERS) - set(predict.OPERATIONS) == {"attention", "gate", "router_statistics", "swiglu"}
 
 
 def test_a_fall_in_tokens_per_second_is_found():

@@ -41,7 +41,10 @@ def cost(op: str, shape: Shape, itemsize: int = 2) -> Cost:
         "rms_norm": (4 * N * D, 2 * N * D * itemsize),
         "rope": (3 * N * H * C, 2 * N * H * C * itemsize + 4 * N * C),
         "rope_append": (3 * queries * (H + G) * C, 2 * queries * (H + 2 * G) * C * itemsize + 4 * queries * C),
+        "swiglu": (4 * N * F, 3 * N * F * itemsize),
+        "gate": (2 * N * D * E, N * D * itemsize + 4 * (N + D) * E),
         "route": (0, 4 * N * E + 20 * S),
+        "router_statistics": (0, 4 * N * E),
         "cross_entropy": (6 * N * D * shape.vocab, 2 * (N + shape.vocab) * D * itemsize),
     }[op]  # fmt: skip
     return Cost(flops, nbytes)

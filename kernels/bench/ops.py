@@ -295,6 +295,31 @@ def route(shape: Shape, random: Callable[..., Tensor]) -> Built:
     return Built("route", kernels.route, (logits, shape.top_k), {"torch": Contender(plain)})
 
 
+def gate(shape: Shape, random: Callable[..., Tensor]) -> Built:
+    N, D, E = shape.tokens, shape.hidden, shape.experts
+    x, weight = random(N, D), random(E, D, scale=D**-0.5).float()
+    return Built("gate", kernels.gate, (x, weight), {"torch": Contender(lambda: x.float() @ weight.t())})
+
+
+def router_statistics(shape: Shape, random: Callable[..., Tensor]) -> Built:
+    device = random(1).device
+    logits = router_logits(shape.distribution, shape.tokens, shape.experts, shape.seed).to(device)
+
+    def plain() -> Result:
+        probabilities = logits.softmax(1)
+        entropy = torch.special.entr(probabilities).sum(1).mean()
+        z = logits.logsumexp(1).square().mean()
+        return probabilities.mean(0, keepdim=True), z, entropy, probabilities.amax(1).mean()
+
+    return Built("router_statistics", kernels.router_statistics, (logits,), {"torch": Contender(plain)})
+
+
+def activation(shape: Shape, random: Callable[..., Tensor]) -> Built:
+    hidden = random(shape.tokens, 2 * shape.intermediate)
+    others = {"torch": Contender(lambda: swiglu(hidden)), "copy": Contender(hidden.clone, rival=False)}
+    return Built("swiglu", kernels.swiglu, (hidden,), others)
+
+
 def cross_entropy(shape: Shape, random: Callable[..., Tensor]) -> Built:
     N, D, V = shape.tokens, shape.hidden, shape.vocab
     x, weight = random(N, D), random(V, D, scale=D**-0.5)
@@ -327,7 +352,10 @@ BUILDERS: dict[str, Callable[[Shape, Callable[..., Tensor]], Built]] = {
     "rms_norm": rms_norm,
     "rope": rope,
     "rope_append": rope_append,
+    "swiglu": activation,
+    "gate": gate,
     "route": route,
+    "router_statistics": router_statistics,
     "cross_entropy": cross_entropy,
 }
 """What can be measured, by name. With `_training` the gradients are made too; `cross_entropy` always makes them."""
