@@ -59,7 +59,7 @@ def test_a_step_is_adamw_by_hand():
 
 
 def first_step(data, run_dir, **changes):
-    """The clipped gradients of a run's first step, the weights after it, and its metrics."""
+    """The gradients of a run's first step, the weights after it, and its metrics."""
     # A large epsilon makes the update continuous in the gradient: at 1e-8 the sign of a gradient of 0 decides.
     trainer = Trainer(tiny_config(data.config, adam_eps=1e-3, warmup=0.0, **changes), run_dir, data)
     gradients = {}
@@ -99,12 +99,40 @@ def test_router_losses_of_micro_batches_count_by_their_rows(data, tmp_path):
         assert metrics[f"{name}_loss"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("limit", [0.01, 0.0])
+@pytest.mark.parametrize("limit", [0.01, 100.0, 0.0])
 def test_gradients_are_scaled_down_to_the_limit(data, tmp_path, limit):
+    divisors = []
+    trainer = Trainer(tiny_config(data.config, max_grad_norm=limit), tmp_path, data)
+    trainer.optimizer.register_step_pre_hook(lambda _, args, options: divisors.extend(args[1:]))
     gradients, _, metrics = first_step(data, tmp_path, max_grad_norm=limit)
+    assert trainer.train_step()["grad_norm"] == metrics["grad_norm"]
     norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients.values()))
-    assert metrics["grad_norm"] > 0.1
-    assert norm == pytest.approx(limit or metrics["grad_norm"], rel=1e-4)
+    assert metrics["grad_norm"] == pytest.approx(norm)
+    assert 0.1 < norm < 100
+    if limit:
+        assert divisors[0].item() == pytest.approx(max(1.0, norm / limit))
+    else:
+        assert divisors == [None]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_divided_step_is_one_of_divided_gradients(optimizer):
+    torch.manual_seed(1)
+    config = TrainConfig(optimizer=optimizer, adam_eps=1e-3, expert_muon_every=2)
+    models = [Transformer(MODEL).reset_parameters(torch.Generator().manual_seed(2)) for _ in range(2)]
+    ours, plain = [make_optimizer(model, config) for model in models]
+    for divisor in (3.0, 0.25):
+        for one, other in zip(*[model.parameters() for model in models], strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad / divisor
+        ours.step(torch.tensor(divisor))
+        plain.step()
+        ours.zero_grad()
+        plain.zero_grad()
+    for one, other in zip(*[model.parameters() for model in models], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+        for name, value in ours.state[one].items():
+            torch.testing.assert_close(value, plain.state[other][name], rtol=1e-5, atol=1e-7, msg=name)
 
 
 # Muon

@@ -27,7 +27,8 @@ from moe_lm.train import loop
 PARTS = {
     "data": "the batch", "embedding": "rows of the table, angles of the rotation", "attention": "with its projections",
     "router": "logits, choice, order of the slots", "experts": "or the dense MLP", "norms": "and the residual stream",
-    "loss": "projection to the vocabulary, cross-entropy, router losses", "clip": "of the gradient's norm",
+    "loss": "projection to the vocabulary, cross-entropy, router losses",
+    "clip": "the gradients' norm, by which the optimizer divides them",
     "optimizer": "and clearing the gradients", "metrics": "what a line of metrics.jsonl takes",
     "rest": "between the others",
 }  # fmt: skip
@@ -110,7 +111,7 @@ class StepParts:
         stack.enter_context(patch.object(model, "losses", self.around_losses(model)))
         for owner, name, part in (
             (trainer, "micro_batches", "data"), (trainer, "read_step", "metrics"), (loop, "read_losses", "metrics"),
-            (torch.nn.utils, "clip_grad_norm_", "clip"), (trainer.optimizer, "step", "optimizer"),
+            (torch.nn.utils, "get_total_norm", "clip"), (trainer.optimizer, "step", "optimizer"),
             (trainer.optimizer, "zero_grad", "optimizer"),
         ):  # fmt: skip
             stack.enter_context(patch.object(owner, name, self.around(getattr(owner, name), part)))

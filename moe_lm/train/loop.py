@@ -1,4 +1,4 @@
-"""The training loop. A step reads: fetch, forward, backward, clip, check, step; then it is recorded."""
+"""The training loop. A step reads: fetch, forward, backward, norm, check, clipped step; then it is recorded."""
 
 import contextlib
 import math
@@ -178,15 +178,15 @@ class Trainer:
             loss = objective / num_targets + share * losses.router_loss(self.config.model)
             loss.backward()
             parts.append((share, losses))
-        limit = train.max_grad_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit, foreach=True)
+        weights = self.model.parameters()
+        grad_norm = torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None], foreach=True)
         tokens = sum(batch.tokens.numel() for batch in batches)
         numbers = read_losses(parts, grad_norm, self.model.router_biases)  # as they were for the step
         num_bytes = sum(batch.num_bytes for batch in batches)
         step = Step(self.step + 1, self.tokens + tokens, tokens, num_targets, num_bytes, rate, start, numbers)
         if not self.behind:
             self.check_step(step)
-        self.optimizer.step()
+        self.optimizer.step((grad_norm / train.max_grad_norm).clamp_min(1) if train.max_grad_norm else None)
         self.optimizer.zero_grad()
         if self.config.model.router_bias_update_rate:
             self.model.update_router_biases(sum(losses.expert_counts for _, losses in parts))
