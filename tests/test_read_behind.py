@@ -23,16 +23,24 @@ def behind(trainer: Trainer) -> Trainer:
     return trainer
 
 
+NUMBER = ("number", 0, False)
+BATCH = [("meta", 2, True)] * 4
+NUMBERS = [("cpu", 1, True)]
+
+
 class Crossings(TorchDispatchMode):
-    """Copies between the host and the device `meta`, whose tensors hold no values: the host's get zeros."""
+    """Numbers read from tensors, and copies between the host and the device `meta`, whose tensors hold no values: the
+    host's get zeros."""
 
     def __init__(self):
         super().__init__()
         self.seen: list[tuple[str, int, bool]] = []
-        """Where to, how many axes, and whether nobody waits for it."""
+        """Where to (`cpu`, `meta`; `number` where one is read), how many axes, and whether nobody waits for it."""
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if op is torch.ops.aten._local_scalar_dense.default:
+            self.seen.append(NUMBER)
         if op is torch.ops.aten._to_copy.default and "device" in kwargs and args[0].device != kwargs["device"]:
             self.seen.append((kwargs["device"].type, args[0].dim(), kwargs.get("non_blocking", False)))
             if kwargs["device"].type == "cpu":
@@ -52,49 +60,59 @@ def valueless(monkeypatch):
         monkeypatch.setattr(module, name, lambda known=known: [*known, "meta"])
 
 
-BATCH = [("meta", 2, True)] * 4
-NUMBERS = [("cpu", 1, True)]
+@pytest.mark.parametrize("changes", [{}, EVERYTHING, {"optimizer": "muon", "expert_capacity_factor": 1.0}])
+def test_a_step_begins_without_a_read(changes, data, tmp_path):
+    trainer = behind(Trainer(tiny_config(data.config, **changes), tmp_path, data))
+    with Crossings() as crossings:
+        step = trainer.take_step()
+        assert crossings.seen == []
+        step.numbers.host[0].item()
+    assert crossings.seen == [NUMBER]
+    assert math.isfinite(trainer.read_step(step)["loss"])
 
 
-@pytest.mark.parametrize("changes", [
-    {}, EVERYTHING, {"optimizer": "muon", "expert_capacity_factor": 1.0, "activation_checkpointing": True},
-    {"router_bias_update_rate": 0.01, "n_shared_experts": 1},
+@pytest.mark.parametrize(("changes", "batches"), [
+    ({}, 1), (EVERYTHING, 1), ({"router_bias_update_rate": 0.01, "n_shared_experts": 1, "micro_batch_tokens": 96}, 3),
+    ({"optimizer": "muon", "expert_capacity_factor": 1.0, "activation_checkpointing": True}, 1),
 ])  # fmt: skip
-def test_a_step_waits_for_no_device(changes, data, tmp_path, valueless):
+def test_a_step_waits_for_no_device(changes, batches, data, tmp_path, valueless):
     trainer = Trainer(tiny_config(data.config, **changes), tmp_path, data)
     assert trainer.behind
     for _ in range(2):
         with Crossings() as crossings:
             step = trainer.take_step()
-        batches = len(crossings.seen[:-1]) // 4
         assert crossings.seen == batches * BATCH + NUMBERS
         assert step.metrics.keys() >= {"loss", "grad_norm", "expert_load"}
 
 
-WAITS = {
-    "a number read": lambda nll: nll.item(), "a length found": lambda nll: nll.nonzero(),
-    "a tensor of the host's": lambda nll: nll + torch.ones(2), "a copy": lambda nll: nll.cpu(),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("wait", WAITS)
-def test_a_wait_would_be_seen(wait, data, tmp_path, valueless, monkeypatch):
-    trainer = Trainer(tiny_config(data.config), tmp_path, data)
+def add_to_losses(trainer: Trainer, wait) -> Trainer:
     losses = trainer.model.losses
 
     def waiting(*batch):
         found = losses(*batch)
-        WAITS[wait](found.nll)
+        wait(found.nll)
         return found
 
-    monkeypatch.setattr(trainer.model, "losses", waiting)
+    trainer.model.losses = waiting
+    return trainer
+
+
+@pytest.mark.parametrize(("wait", "sentence"), [
+    (lambda nll: nll.item(), r"item\(\) cannot be called on meta"),
+    (lambda nll: nll.nonzero(), r"nonzero\(\) raises unimplemented"),
+    (lambda nll: nll + torch.ones(2), "not on the expected device meta"),
+], ids=["a number read", "a length found", "a tensor of the host's"])  # fmt: skip
+def test_a_wait_raises(wait, sentence, data, tmp_path, valueless):
+    trainer = add_to_losses(Trainer(tiny_config(data.config), tmp_path, data), wait)
+    with pytest.raises(RuntimeError, match=sentence):
+        trainer.take_step()
+
+
+def test_a_copy_that_is_waited_for_is_seen(data, tmp_path, valueless):
+    trainer = add_to_losses(Trainer(tiny_config(data.config), tmp_path, data), torch.Tensor.cpu)
     with Crossings() as crossings:
-        if wait == "a copy":
-            trainer.take_step()
-            assert crossings.seen == [*BATCH, ("cpu", 0, False), *NUMBERS]
-        else:
-            with pytest.raises((RuntimeError, NotImplementedError)):
-                trainer.take_step()
+        trainer.take_step()
+    assert crossings.seen == [*BATCH, ("cpu", 0, False), *NUMBERS]
 
 
 @pytest.mark.gpu
