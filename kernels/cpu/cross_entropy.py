@@ -7,7 +7,7 @@ backward only scales them.
 import torch
 from torch import Tensor
 
-from kernels.cpu import unsupported_dtype
+from kernels.cpu import native_cross_entropy, unsupported_dtype
 from kernels.cpu.passes import passes
 
 CHUNK_ELEMENTS = 1 << 24
@@ -26,6 +26,8 @@ def cross_entropy_with_grads(
     x: Tensor, weight: Tensor, targets: Tensor, want_grads: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (scalar float32), and with `want_grads` its gradients by x (N, D, x's dtype) and weight (V, D, float32)."""
+    if native_cross_entropy.suits(x, weight):
+        return native_cross_entropy.run(x, weight, targets, want_grads)
     w = weight.to(x.dtype)
     loss = 0.0
     grad_x = torch.empty_like(x) if want_grads else x.new_empty(0)

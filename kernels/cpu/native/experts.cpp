@@ -2,9 +2,11 @@
 //
 // N tokens, K experts per token, D hidden width, F expert width, E experts, M = N * K slots. A slot's row is its place in
 // the order by experts. D and F are multiples of 16. A task is some rows of an expert, or some rows of a weight's
-// gradient: a thread's own, from packing to rounding, so it waits for no other, and an expert's weights and rows stay in
-// its second-level cache.
+// gradient: a thread's own, from packing to rounding, so it waits for no other. Weights are packed panel by panel, each
+// for all rows of a task before the next, so that rows and panel stay in a core's second-level cache.
 #include <omp.h>
+
+#include <vector>
 
 #include "elements.h"
 #include "pairs.h"
@@ -20,7 +22,7 @@ struct Task {
   int64_t expert, first, rows;
 };
 
-constexpr int64_t ROWS = 48;  // that go through an expert together
+constexpr int64_t ROWS = 48;  // a task has a multiple of it, but for an expert's last: whole blocks of TALL
 
 // Stretches of `count[e]` things of every expert, a few for each thread, long ones first.
 template <class Count>
@@ -33,6 +35,12 @@ std::vector<Task> share_out(const Shape& s, Count count) {
     for (int64_t i = 0; i < count(e); i += most) tasks.push_back({e, i, std::min(most, count(e) - i)});
   std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.rows > b.rows; });
   return tasks;
+}
+
+// Calls run(column, width) for each panel of a matrix so wide.
+template <class F>
+void each_panel(int64_t columns, F run) {
+  for (int64_t column = 0; column < columns; column += PANEL) run(column, std::min(PANEL, columns - column));
 }
 
 // Whether they are the slots of a routing.
@@ -53,24 +61,26 @@ int64_t forward(const Shape& s, const bfloat16* x, const int64_t* order, const i
   const auto tasks = share_out(s, [=](int64_t e) { return offsets[e + 1] - offsets[e]; });
 #pragma omp parallel num_threads(s.threads)
   {
-    Pairs up, out;
-    std::vector<bfloat16> act(ROWS * F);
+    Pairs panel;
+    std::vector<bfloat16> acts;
 #pragma omp for schedule(dynamic, 1)
     for (const Task& task : tasks) {
-      up.pack_transposed(2 * F, D, [&](int64_t i) { return gate_up + (task.expert * 2 * F + i) * D; });
-      out.pack_transposed(D, F, [&](int64_t i) { return down + (task.expert * D + i) * F; });
-      const int64_t begin = offsets[task.expert] + task.first, end = begin + task.rows;
-      for (int64_t row = begin; row < end; row += ROWS) {
-        const int64_t rows = std::min(ROWS, end - row);
-        multiply(rows, [&](int64_t i) { return as_pairs(x + order[row + i] / s.K * D); }, 1, up,
-                 [&](int64_t i) { return hidden + (row + i) * 2 * F; });
-        for (int64_t i = 0; i < rows; i++) {
-          swiglu_row(hidden + (row + i) * 2 * F, &act[i * F], F);
-          row_of_slot[order[row + i]] = row + i;
-        }
-        multiply(rows, [&](int64_t i) { return as_pairs(&act[i * F]); }, 1, out,
-                 [&](int64_t i) { return y + (row + i) * D; });
+      const int64_t begin = offsets[task.expert] + task.first, rows = task.rows;
+      each_panel(2 * F, [&](int64_t c, int64_t wide) {
+        panel.pack_transposed(wide, D, [&](int64_t i) { return gate_up + (task.expert * 2 * F + c + i) * D; });
+        multiply(rows, [&](int64_t i) { return as_pairs(x + order[begin + i] / s.K * D); }, 1, panel,
+                 [&](int64_t i) { return hidden + (begin + i) * 2 * F + c; });
+      });
+      acts.resize(rows * F);
+      for (int64_t i = 0; i < rows; i++) {
+        swiglu_row(hidden + (begin + i) * 2 * F, &acts[i * F], F);
+        row_of_slot[order[begin + i]] = begin + i;
       }
+      each_panel(D, [&](int64_t c, int64_t wide) {
+        panel.pack_transposed(wide, F, [&](int64_t i) { return down + (task.expert * D + c + i) * F; });
+        multiply(rows, [&](int64_t i) { return as_pairs(&acts[i * F]); }, 1, panel,
+                 [&](int64_t i) { return y + (begin + i) * D + c; });
+      });
     }
   }
   return 1;
@@ -90,25 +100,26 @@ int64_t backward(const Shape& s, const bfloat16* grad, const bfloat16* x, const 
   const auto token_row = [=](const bfloat16* of, int64_t row) { return of + order[row] / s.K * D; };
 #pragma omp parallel num_threads(s.threads)
   {
-    Pairs out, up, left, right;
+    Pairs panel, left, right;
 #pragma omp for schedule(dynamic, 1)
     for (const Task& task : tasks) {
-      out.pack(D, F, [&](int64_t k) { return down + (task.expert * D + k) * F; });
-      up.pack(2 * F, D, [&](int64_t k) { return gate_up + (task.expert * 2 * F + k) * D; });
       const int64_t begin = offsets[task.expert] + task.first, end = begin + task.rows;
-      for (int64_t row = begin; row < end; row += ROWS) {
-        const int64_t rows = std::min(ROWS, end - row);
-        multiply(rows, [&](int64_t i) { return as_pairs(token_row(grad, row + i)); }, 1, out,
-                 [&](int64_t i) { return acts + (row + i) * F; });
-        for (int64_t i = row; i < row + rows; i++) {
-          const int64_t slot = order[i];
-          row_of_slot[slot] = i;
-          grad_weights[slot] =
-              swiglu_backward_row(acts + i * F, hidden + i * 2 * F, weights[slot], grad_hidden + i * 2 * F, F);
-        }
-        multiply(rows, [&](int64_t i) { return as_pairs(grad_hidden + (row + i) * 2 * F); }, 1, up,
-                 [&](int64_t i) { return grad_rows + (row + i) * D; });
+      each_panel(F, [&](int64_t c, int64_t wide) {
+        panel.pack(D, wide, [&](int64_t k) { return down + (task.expert * D + k) * F + c; });
+        multiply(task.rows, [&](int64_t i) { return as_pairs(token_row(grad, begin + i)); }, 1, panel,
+                 [&](int64_t i) { return acts + (begin + i) * F + c; });
+      });
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t slot = order[i];
+        row_of_slot[slot] = i;
+        grad_weights[slot] =
+            swiglu_backward_row(acts + i * F, hidden + i * 2 * F, weights[slot], grad_hidden + i * 2 * F, F);
       }
+      each_panel(D, [&](int64_t c, int64_t wide) {
+        panel.pack(2 * F, wide, [&](int64_t k) { return gate_up + (task.expert * 2 * F + k) * D + c; });
+        multiply(task.rows, [&](int64_t i) { return as_pairs(grad_hidden + (begin + i) * 2 * F); }, 1, panel,
+                 [&](int64_t i) { return grad_rows + (begin + i) * D + c; });
+      });
     }
 #pragma omp for schedule(dynamic, 1)
     for (const Task& task : outputs) {

@@ -8,8 +8,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
 #include <type_traits>
-#include <vector>
 
 #include "amx.h"
 #include "elements.h"
@@ -31,31 +33,47 @@ typedef uint32_t Pair;
 
 inline const Pair* as_pairs(const bfloat16* row) { return (const Pair*)row; }
 
+struct Span {
+  int64_t begin, end;
+};
+
 constexpr int64_t TALL = 6, WIDE = 4;  // rows, and vectors of 16 columns, of a block: 24 of 32 registers are its sums
 constexpr int64_t PANEL = WIDE * LANES;
+constexpr int64_t AHEAD = 4;  // rows that are asked for early: memory gave 89 instead of 40 GB/s so (2 cores, EPYC of 2024)
 
 // A matrix (k, columns) in panels of 64 columns, each (k / 2, 64): what a block reads lies side by side, so that caches
 // fetch it ahead and few pages are met. In rows of all columns experts took 1.1 to 1.2 times as long.
 struct Pairs {
-  std::vector<Pair> data;
   int64_t count = 0, columns = 0;
 
+  // For a matrix (k, wide), of whatever is there.
   void resize(int64_t k, int64_t wide) {
     count = (k + 1) / 2, columns = wide;
     const int64_t size = count * round_up(wide, PANEL);
-    if ((int64_t)data.size() < size) data.resize(size);
+    if (size <= room) return;
+    data.reset((Pair*)std::aligned_alloc(LINE, size * sizeof(Pair)));
+    if (!data) throw std::bad_alloc();
+    room = size;
   }
   // Where pair k of a column is; its next one is PANEL further.
-  Pair* at(int64_t k, int64_t column) { return data.data() + (column / PANEL * count + k) * PANEL + column % PANEL; }
+  Pair* at(int64_t k, int64_t column) { return data.get() + (column / PANEL * count + k) * PANEL + column % PANEL; }
   const Pair* at(int64_t k, int64_t column) const { return const_cast<Pairs*>(this)->at(k, column); }
 
   // Of a matrix whose row k is row_of(k), k < depth, a multiple of 16 columns wide. Float32 is rounded.
   template <class F>
   void pack(int64_t depth, int64_t wide, F row_of) {
     resize(depth, wide);
-    for (int64_t k = 0; k < depth; k += 2) {
+    pack_rows({0, depth}, depth, row_of);
+  }
+
+  // The pairs of rows [begin, end) alone, from an even row on.
+  template <class F>
+  void pack_rows(Span rows, int64_t depth, F row_of) {
+    for (int64_t k = rows.begin; k < rows.end; k += 2) {
       const auto *even = row_of(k), *odd = k + 1 < depth ? row_of(k + 1) : nullptr;
-      for (int64_t i = 0; i < wide; i += LANES) {
+      const auto *next = row_of(std::min(k + AHEAD, depth - 1)), *last = row_of(std::min(k + AHEAD + 1, depth - 1));
+      for (int64_t i = 0; i < columns; i += LANES) {
+        __builtin_prefetch(next + i), __builtin_prefetch(last + i);
         const Bits both = halves(even + i) | (odd ? halves(odd + i) << 16 : Bits{});
         memcpy(at(k / 2, i), &both, sizeof both);
       }
@@ -66,7 +84,13 @@ struct Pairs {
   template <class F>
   void pack_transposed(int64_t wide, int64_t depth, F row_of) {
     resize(depth, wide);
-    for (int64_t i = 0; i < wide; i += LANES)
+    pack_columns({0, wide}, depth, row_of);
+  }
+
+  // Columns [begin, end) of it alone, multiples of 16.
+  template <class F>
+  void pack_columns(Span wide, int64_t depth, F row_of) {
+    for (int64_t i = wide.begin; i < wide.end; i += LANES)
       for (int64_t k = 0; k < depth; k += 2 * LANES) {
         const int64_t pairs = std::min<int64_t>(LANES, (depth - k) / 2);
         Floats x[LANES];
@@ -87,11 +111,22 @@ struct Pairs {
   // The first n pairs of a row, the rest 0; n is 8 or 16.
   static INLINE Floats neighbours(const bfloat16* p, int64_t n) { return load_first((const float*)p, n); }
   static INLINE Floats neighbours(const float* p, int64_t n) {
+#if defined(MOE_LM_PAIRS)
+    const Floats further = n < LANES ? Floats{} : load(p + LANES);
+    return (Floats)_mm512_cvtne2ps_pbh((__m512)further, (__m512)load(p));
+#endif
     const Halves h[2] = {narrow(load(p)), n < LANES ? Halves{} : narrow(load(p + LANES))};
     Floats x;
     memcpy(&x, h, sizeof x);
     return x;
   }
+
+  static constexpr int64_t LINE = 64;  // of a cache, which a vector fills
+  struct Free {
+    void operator()(Pair* p) const { std::free(p); }
+  };
+  std::unique_ptr<Pair, Free> data;
+  int64_t room = 0;
 };
 
 // sum plus the products of one pair with 16.
@@ -104,10 +139,6 @@ INLINE Floats add_products(Floats sum_of, Pair left, Floats right) {
   return fma((Floats)(both & 0xffff0000u), (Floats)(other & 0xffff0000u), sum_of);
 #endif
 }
-
-struct Span {
-  int64_t begin, end;
-};
 
 // TALL rows by C vectors, to out[i] where it is not null, or added to it: row i's pairs are a[i][0], a[i][step] ..
 template <bool ADD, int C, class T>

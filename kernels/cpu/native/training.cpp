@@ -11,7 +11,7 @@
 #include <limits>
 #include <vector>
 
-#include "elements.h"
+#include "cross_entropy.h"
 #include "gate.h"
 #include "slots.h"
 
@@ -35,34 +35,8 @@ double cross_entropy(T* logits, const int64_t* targets, int64_t rows, int64_t V,
   {
     std::vector<float> powers(round_up(V, LANES));
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; row++) {
-      T* x = logits + row * V;
-      const int64_t target = targets[row];
-      if (target < 0) {
-        if (gradient) memset((void*)x, 0, V * sizeof(T));
-        continue;
-      }
-      const float chosen = value(x[target]);
-      Floats most = splat(-INFINITE), total{};
-      for (int64_t i = 0; i < V; i += LANES) {
-        Floats v = get(x + i, V - i);
-        most = larger(V - i < LANES ? beyond(v, V - i, -INFINITE) : v, most);
-      }
-      const float peak = maximum(most);
-      for (int64_t i = 0; i < V; i += LANES) {
-        Floats p = exponential(get(x + i, V - i) - peak);
-        if (V - i < LANES) p = beyond(p, V - i, 0.0f);
-        store(&powers[i], p);
-        total += p;
-      }
-      const float sum_of = sum(total);
-      losses[row] = (double)peak + std::log((double)sum_of) - chosen;
-      if (!gradient) continue;
-      const float scale = 1.0f / sum_of;
-      const float at_target = powers[target] * scale - 1.0f;
-      for (int64_t i = 0; i < V; i += LANES) put(x + i, load(&powers[i]) * scale, V - i);
-      put(x + target, splat(at_target), 1);
-    }
+    for (int64_t row = 0; row < rows; row++)
+      losses[row] = cross_entropy_row(logits + row * V, targets[row], V, gradient, powers.data());
   }
   double loss = 0;
   for (double each : losses) loss += each;
