@@ -111,7 +111,7 @@ class StepParts:
         stack.enter_context(patch.object(model, "losses", self.around_losses(model)))
         for owner, name, part in (
             (trainer, "micro_batches", "data"), (trainer, "read_step", "metrics"), (loop, "read_losses", "metrics"),
-            (torch.nn.utils, "get_total_norm", "clip"), (trainer.optimizer, "step", "optimizer"),
+            (loop, "gradient_norm", "clip"), (trainer.optimizer, "step", "optimizer"),
             (trainer.optimizer, "zero_grad", "optimizer"),
         ):  # fmt: skip
             stack.enter_context(patch.object(owner, name, self.around(getattr(owner, name), part)))

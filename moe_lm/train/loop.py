@@ -22,7 +22,7 @@ from moe_lm.scaling.counts import forward_flops_per_token, train_flops_per_token
 from moe_lm.train.distillation import check_distillation, distillation_losses
 from moe_lm.train.evaluate import Evaluation, evaluate
 from moe_lm.train.metrics import MetricsLog, ProgressLine
-from moe_lm.train.optim import make_optimizer
+from moe_lm.train.optim import gradient_norm, make_optimizer
 from moe_lm.train.schedule import batch_rows, learning_rate, learning_rate_at
 from moe_lm.train.starvation import StarvationWatch
 from moe_lm.train.step import Step, read_losses
@@ -179,7 +179,7 @@ class Trainer:
             loss.backward()
             parts.append((share, losses))
         weights = self.model.parameters()
-        grad_norm = torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None], foreach=True)
+        grad_norm = gradient_norm([weight.grad for weight in weights if weight.grad is not None])
         tokens = sum(batch.tokens.numel() for batch in batches)
         numbers = read_losses(parts, grad_norm, self.model.router_biases)  # as they were for the step
         num_bytes = sum(batch.num_bytes for batch in batches)

@@ -49,6 +49,18 @@ def make_optimizer(model: Transformer, config: TrainConfig, dtype: torch.dtype =
     return MuonAdamW(chosen, dtype, lr=config.learning_rate, betas=betas, eps=config.adam_eps)
 
 
+def gradient_norm(gradients: list[Tensor]) -> Tensor:
+    """Euclidean norm of them all, a float32 scalar.
+
+    On a CPU row by row first: torch's norm of a whole tensor sums up one long chain in float32, which came out 5e-4 too
+    small at 213M numbers, and took 1.45 times as long.
+    """
+    if gradients[0].device.type != "cpu":
+        return torch.nn.utils.get_total_norm(gradients, foreach=True)
+    rows = [torch.linalg.vector_norm(gradient, dim=-1).flatten() for gradient in gradients]
+    return torch.linalg.vector_norm(torch.cat(rows))
+
+
 def matrix_rows(name: str, parameter: Tensor, config: ModelConfig) -> list[int]:
     """Rows of each of the matrices that the weight `name` is made of."""
     if name.endswith("qkv_proj.weight"):
