@@ -72,6 +72,15 @@ def taken(account):
     return found
 
 
+def test_a_missing_library_is_told_before_the_first_step(corpus, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasketch", None)
+    config = dataclasses.replace(corpus, quality=STEPS)
+    steps, told = Cleaning(config, tuple(map(open_source, config.sources)), None, samples=3), []
+    with pytest.raises(ConfigError, match="needs the datasketch library"):
+        steps.run(told.append)
+    assert told == []
+
+
 @pytest.fixture(scope="module")
 def account(corpus):
     return cleaned(corpus).as_json()

@@ -22,11 +22,11 @@ def case(N: int, D: int, V: int, scored: str = "all") -> tuple[Tensor, Tensor, T
 
 @pytest.mark.parametrize("scored", ["all", "some", "none"])
 @pytest.mark.parametrize("chunk", [2, 50, 1 << 20])
-@pytest.mark.parametrize(("N", "D", "V"), [(1, 16, 16), (63, 48, 80), (201, 80, 720)])
+@pytest.mark.parametrize(("N", "D", "V"), [(0, 16, 32), (1, 16, 16), (63, 48, 80), (201, 80, 720)])
 def test_it_is_the_definition(N, D, V, chunk, scored, products, monkeypatch):
     monkeypatch.setattr(native_cross_entropy, "CHUNK_ELEMENTS", chunk * V)
     x, weight, targets = case(N, D, V, scored)
-    assert native_cross_entropy.suits(x.bfloat16(), weight) == (products != "batched")
+    assert native_cross_entropy.suits(x.bfloat16(), weight) == (N > 0 and products != "batched")
     check(kernels.cross_entropy, {"x": x, "weight": weight}, torch.bfloat16, fixed=(targets,))
     check(kernels.cross_entropy, {"x": x, "weight": weight}, torch.bfloat16, fixed=(targets,), wide=("weight",))
 
@@ -83,5 +83,6 @@ def test_what_it_does_not_suit_goes_the_other_way(monkeypatch):
     for dtype, suited in ((torch.bfloat16, True), (torch.float32, True), (torch.float16, False)):
         assert native_cross_entropy.suits(x.bfloat16(), weight.to(dtype)) == suited
     assert not native_cross_entropy.suits(x, weight)
+    assert not native_cross_entropy.suits(x[:0].bfloat16(), weight)
     assert not native_cross_entropy.suits(torch.empty(4, 24).bfloat16(), torch.empty(64, 24))
     assert not native_cross_entropy.suits(x.bfloat16(), torch.empty(100, 32))

@@ -22,9 +22,9 @@ class Shape(ctypes.Structure):
 
 
 def suits(x: Tensor, weight: Tensor) -> bool:
-    """Whether it takes tokens x (N, D) and a weight (V, D), and is the fastest here."""
-    known = x.dtype == torch.bfloat16 and weight.dtype in (torch.bfloat16, torch.float32)
-    return known and all(size % pairs.WIDTH == 0 for size in weight.shape) and pairs.fastest()
+    """Whether it takes tokens x (N, D), of which there are some, and a weight (V, D), and is the fastest here."""
+    known = len(x) and x.dtype == torch.bfloat16 and weight.dtype in (torch.bfloat16, torch.float32)
+    return bool(known) and all(size % pairs.WIDTH == 0 for size in weight.shape) and pairs.fastest()
 
 
 def run(x: Tensor, weight: Tensor, targets: Tensor, want_grads: bool) -> tuple[Tensor, Tensor, Tensor]:

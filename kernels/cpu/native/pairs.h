@@ -71,7 +71,8 @@ struct Pairs {
   void pack_rows(Span rows, int64_t depth, F row_of) {
     for (int64_t k = rows.begin; k < rows.end; k += 2) {
       const auto *even = row_of(k), *odd = k + 1 < depth ? row_of(k + 1) : nullptr;
-      const auto *next = row_of(std::min(k + AHEAD, depth - 1)), *last = row_of(std::min(k + AHEAD + 1, depth - 1));
+      const int64_t early = std::min(k + AHEAD, rows.end - 1);
+      const auto *next = row_of(early), *last = row_of(std::min(early + 1, rows.end - 1));
       for (int64_t i = 0; i < columns; i += LANES) {
         __builtin_prefetch(next + i), __builtin_prefetch(last + i);
         const Bits both = halves(even + i) | (odd ? halves(odd + i) << 16 : Bits{});

@@ -23,6 +23,7 @@ from moe_lm.data.quality.duplicates import (
     first_copies,
     frequent,
     line_hash,
+    near_library,
     text_hash,
     without_lines,
 )
@@ -68,7 +69,9 @@ class Cleaning:
         self.scores = Scores(samples)
 
     def run(self, report: Callable[[str], None] = lambda message: None) -> "Cleaning":
-        """Take the steps that are on."""
+        """Take the steps that are on. Raises ConfigError where a library is missing, before the first."""
+        if self.config.near:
+            near_library()
         self.weigh()
         for step in self.config.steps:
             report(f"cleaning the training documents: {step}")

@@ -57,7 +57,7 @@ def without_lines(text: str, repeated: Container[int], shortest: int) -> str:
     return text if len(kept) == len(lines) else "\n".join(kept)
 
 
-def library() -> ModuleType:
+def near_library() -> ModuleType:
     """`datasketch`. Raises ConfigError where it is missing."""
     try:
         import datasketch
@@ -78,7 +78,7 @@ class NearDuplicates:
     """
 
     def __init__(self, config: QualityConfig):
-        datasketch = library()
+        datasketch = near_library()
         self.config = config
         # Candidates are compared anyway, so a wrong one costs little and a missed one stays in the data.
         self.index = datasketch.MinHashLSH(

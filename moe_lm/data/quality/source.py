@@ -12,7 +12,7 @@ from moe_lm.config import ConfigError, DataConfig, SourceConfig, require
 from moe_lm.data.cache import cache_entry, hash_facts, writable
 from moe_lm.data.quality.classifier import Classifier, load_classifier
 from moe_lm.data.quality.cleaning import Cleaning
-from moe_lm.data.quality.duplicates import library
+from moe_lm.data.quality.duplicates import near_library
 from moe_lm.data.quality.rules import VERSION, broken
 from moe_lm.data.quality.verdict import Verdict, kind_of, rules_of
 from moe_lm.data.sources import Document, Rows, Source, is_held_out
@@ -128,7 +128,7 @@ def clean_sources(config: DataConfig, opened: tuple[Source, ...], report: Callab
 def quality_facts(config: DataConfig, classifier: Classifier | None) -> list[Any]:
     """What a verdict depends on beside the documents: settings, versions of our rules and of the libraries."""
     per_source = [[s.kind, s.path, repr(s.rules), list(s.skip_quality)] for s in config.sources]
-    near = library().__version__ if config.quality.near else None
+    near = near_library().__version__ if config.quality.near else None
     identity = classifier.identity() if classifier else None
     return [VERSION, repr(config.quality), per_source, config.validation_fraction, near, identity]
 
