@@ -10,9 +10,6 @@ from torch import Tensor
 from kernels.cpu import native_cross_entropy, unsupported_dtype
 from kernels.cpu.passes import passes
 
-CHUNK_ELEMENTS = 1 << 24
-"""Logits that exist at a time: 32 MiB of bfloat16, 2,048 rows at a vocabulary of 8,192."""
-
 
 def unsupported(x: Tensor, weight: Tensor, targets: Tensor) -> str | None:
     return unsupported_dtype(x)
@@ -32,7 +29,7 @@ def cross_entropy_with_grads(
     loss = 0.0
     grad_x = torch.empty_like(x) if want_grads else x.new_empty(0)
     grad_weight = torch.zeros(weight.shape if want_grads else 0, dtype=torch.float32)
-    size = max(1, CHUNK_ELEMENTS // len(weight))
+    size = max(1, native_cross_entropy.CHUNK_ELEMENTS // len(weight))
     for start in range(0, len(x), size):
         rows, chosen = x[start : start + size], targets[start : start + size]
         logits = rows @ w.t()

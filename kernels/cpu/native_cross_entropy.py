@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels.cpu import pairs
 
 CHUNK_ELEMENTS = 1 << 24
-"""Gradients of logits that are kept at a time: 32 MiB."""
+"""Logits, or their gradients, that exist at a time: 32 MiB of bfloat16, 2,048 rows at a vocabulary of 8,192."""
 
 
 class Shape(ctypes.Structure):
@@ -23,14 +23,15 @@ class Shape(ctypes.Structure):
 
 def suits(x: Tensor, weight: Tensor) -> bool:
     """Whether it takes tokens x (N, D), of which there are some, and a weight (V, D), and is the fastest here."""
-    known = len(x) and x.dtype == torch.bfloat16 and weight.dtype in (torch.bfloat16, torch.float32)
-    return bool(known) and all(size % pairs.WIDTH == 0 for size in weight.shape) and pairs.fastest()
+    known = x.dtype == torch.bfloat16 and weight.dtype in (torch.bfloat16, torch.float32)
+    return known and len(x) > 0 and all(size % pairs.WIDTH == 0 for size in weight.shape) and pairs.fastest()
 
 
 def run(x: Tensor, weight: Tensor, targets: Tensor, want_grads: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """As kernels.cpu.cross_entropy.cross_entropy_with_grads; a weight of float32 is rounded as it is read.
+    """Loss, a float32 scalar, and with `want_grads` its gradients by x (N, D), bfloat16, and weight (V, D), float32.
 
-    Raises IndexError for a target beyond the vocabulary.
+    targets (N,) are int64, negative where none counts. A weight of float32 is rounded as it is read. Raises IndexError
+    for a target beyond the vocabulary.
     """
     (N, D), V = x.shape, len(weight)
     chunk = max(2, CHUNK_ELEMENTS // V // 2 * 2)
@@ -40,5 +41,7 @@ def run(x: Tensor, weight: Tensor, targets: Tensor, want_grads: bool) -> tuple[T
     grad_weight = torch.empty(weight.shape if want_grads else 0, dtype=torch.float32)
     given = [each.contiguous() for each in (x, weight, targets)]
     if not pairs.run("cross_entropy", "cross_entropy", shape, *given, loss, grad_x, grad_weight):
-        raise IndexError(f"target {targets.max()} is not in a vocabulary of {V}.")
+        raise IndexError(
+            f"target {targets.max()} is not in a vocabulary of {V}: it must be less, or negative to count for nothing."
+        )
     return loss.float().squeeze(), grad_x, grad_weight

@@ -38,7 +38,7 @@ void run(const Shape& s, const bfloat16* x, const Weight* weight, const int64_t*
   for (int64_t v = 0; v < V; v += PANEL) {
     const auto row_of = [=](int64_t i) { return weight + i * D; };
     words.pack_columns({v, std::min(v + PANEL, V)}, D, row_of);
-    if (s.gradients) words_by_row.pack_rows({v, std::min(v + PANEL, V)}, V, row_of);
+    if (s.gradients) words_by_row.pack_rows({v, std::min(v + PANEL, V)}, row_of);
   }
   for (int64_t begin = 0; begin < s.N; begin += s.chunk) {
     const int64_t depth = std::min(s.chunk, s.N - begin);
@@ -55,9 +55,9 @@ void run(const Shape& s, const bfloat16* x, const Weight* weight, const int64_t*
         for (int64_t i = 0; i < rows; i++)
           losses[token + i] = cross_entropy_row(&logits[i * stride], targets[token + i], V, s.gradients, powers.data());
         if (!s.gradients) continue;
-        grads.pack_rows({first, first + rows}, depth, [&](int64_t k) { return &logits[(k - first) * stride]; });
+        grads.pack_rows({first, first + rows}, [&](int64_t k) { return &logits[(k - first) * stride]; });
         // An unscored row's zeros must not meet its NaN.
-        inputs.pack_rows({first, first + rows}, depth, [&](int64_t k) {
+        inputs.pack_rows({first, first + rows}, [&](int64_t k) {
           return targets[begin + k] < 0 ? nothing.data() : x + (begin + k) * D;
         });
         std::fill(sums.begin(), sums.end(), 0.0f);
